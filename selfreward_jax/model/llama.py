@@ -1,0 +1,356 @@
+"""Llama, Mistral and Qwen2 blocks, declared in Flax NNX and applied as pure functions of a nested dict of arrays.
+
+Read from the top: the modules, then `hidden_states` (training), `prefill` and `decode_step` (sampling), `logits`.
+Layers are stacked on a leading axis L and scanned; one block body serves all three.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from selfreward_jax.model.attention import Keys, attend, spec_of
+from selfreward_jax.model.config import LlamaConfig
+from selfreward_jax.model.rope import angles, rotate
+from selfreward_jax.sharding.rules import COMPUTED, STORED, is_axes, spec
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How the model is run: nothing here changes the result beyond rounding.
+
+    Attributes:
+        dtype: of activations and of the weights while they are used, "float32" or "bfloat16".
+        unroll: layers a step of the scan; the number of layers unrolls it wholly (16 % faster decoding on a CPU).
+        remat: what the backward pass keeps: "none" keeps all, "full" recomputes each layer, "dots" keeps matmuls.
+    """
+
+    dtype: str = "float32"
+    unroll: int = 1
+    remat: str = "full"
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Residual dropout (paper section 3.1.3: 0.1): drawn anew for each layer and branch from `key`."""
+
+    rate: float
+    key: jax.Array
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm: statistics in float32, result in the input's dtype."""
+
+    def __init__(self, config: LlamaConfig):
+        self.scale = nnx.Param(jnp.ones((config.embed,)), axes=("norm",))
+        self.eps = config.norm_eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+def _kernel(config: LlamaConfig, rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    return nnx.Param(jax.random.normal(rngs.params(), shape) * config.init_std, axes=axes)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions; `read` does the attention itself and owns any cache."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        d, n, k, h = config.embed, config.q_heads, config.kv_heads, config.head_dim
+        self.q = _kernel(config, rngs, (d, n, h), ("embed", "q_heads", "head_dim"))
+        self.k = _kernel(config, rngs, (d, k, h), ("embed", "kv_heads", "head_dim"))
+        self.v = _kernel(config, rngs, (d, k, h), ("embed", "kv_heads", "head_dim"))
+        self.o = _kernel(config, rngs, (n, h, d), ("q_heads", "head_dim", "embed"))
+        if config.qkv_bias:
+            self.q_bias = nnx.Param(jnp.zeros((n, h)), axes=("q_heads", "head_dim"))
+            self.k_bias = nnx.Param(jnp.zeros((k, h)), axes=("kv_heads", "head_dim"))
+            self.v_bias = nnx.Param(jnp.zeros((k, h)), axes=("kv_heads", "head_dim"))
+        if config.o_bias:
+            self.o_bias = nnx.Param(jnp.zeros((d,)), axes=("norm",))
+
+    def __call__(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], read: Callable) -> tuple[jax.Array, Any]:
+        with jax.named_scope("qkv"):
+            q = jnp.einsum("BTD,DNH->BTNH", x, self.q[...])
+            k = jnp.einsum("BTD,DKH->BTKH", x, self.k[...])
+            v = jnp.einsum("BTD,DKH->BTKH", x, self.v[...])
+            if hasattr(self, "q_bias"):
+                q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+        with jax.named_scope("rope"):
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        with jax.named_scope("attention"):
+            out, kept = read(q, k, v)
+        with jax.named_scope("attention_out"):  # contracts heads: an all-reduce over `tensor`
+            out = jnp.einsum("BTNH,NHD->BTD", out, self.o[...], out_sharding=P(*spec_of(x)))
+            if hasattr(self, "o_bias"):
+                out = out + self.o_bias[...]
+        return out, kept
+
+
+class Mlp(nnx.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        d, f = config.embed, config.ffn
+        self.gate = _kernel(config, rngs, (d, f), ("embed", "ffn"))
+        self.up = _kernel(config, rngs, (d, f), ("embed", "ffn"))
+        self.down = _kernel(config, rngs, (f, d), ("ffn", "embed"))
+        if config.mlp_bias:
+            self.gate_bias = nnx.Param(jnp.zeros((f,)), axes=("ffn",))
+            self.up_bias = nnx.Param(jnp.zeros((f,)), axes=("ffn",))
+            self.down_bias = nnx.Param(jnp.zeros((d,)), axes=("norm",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        with jax.named_scope("mlp"):
+            gate = jnp.einsum("BTD,DF->BTF", x, self.gate[...])
+            up = jnp.einsum("BTD,DF->BTF", x, self.up[...])
+            if hasattr(self, "gate_bias"):
+                gate, up = gate + self.gate_bias[...], up + self.up_bias[...]
+            # contracts ffn: an all-reduce over `tensor`
+            out = jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, self.down[...], out_sharding=P(*spec_of(x)))
+            return out + self.down_bias[...] if hasattr(self, "down_bias") else out
+
+
+class Block(nnx.Module):
+    """One layer: attention and MLP, each behind a norm and added to the residual."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = RMSNorm(config)
+        self.mlp = Mlp(config, rngs)
+
+    def __call__(
+        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], read: Callable, drop: Callable
+    ) -> tuple[jax.Array, Any]:
+        branch, kept = self.attention(self.attention_norm(x), rotation, read)
+        x = x + drop(branch, 0)
+        return x + drop(self.mlp(self.mlp_norm(x)), 1), kept
+
+
+class Llama(nnx.Module):
+    """The whole parameter tree; `layers` is one block here and gets its leading L axis in `_stacked`."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.embed = _kernel(config, rngs, (config.vocab_size, config.embed), ("vocab", "embed"))
+        self.layers = Block(config, rngs)
+        self.final_norm = RMSNorm(config)
+        if not config.tied:
+            self.head = _kernel(config, rngs, (config.embed, config.vocab_size), ("embed", "vocab"))
+
+
+@lru_cache
+def _declared(config: LlamaConfig) -> tuple[Any, Any]:
+    """Abstract state (unstacked) and logical axes of the declared model."""
+    state = nnx.state(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))), nnx.Param)
+    axes = nnx.to_pure_dict(jax.tree.map(lambda p: p.axes, state, is_leaf=lambda p: isinstance(p, nnx.Variable)))
+    return nnx.to_pure_dict(state), axes
+
+
+@lru_cache
+def _definition(config: LlamaConfig, kind: type) -> Any:
+    make = (lambda: Block(config, nnx.Rngs(0))) if kind is Block else (lambda: RMSNorm(config))
+    return nnx.graphdef(nnx.eval_shape(make))
+
+
+def logical_axes(config: LlamaConfig) -> Params:
+    """Tree of logical axis names, a tuple for each array of `abstract(config)`."""
+    axes = dict(_declared(config)[1])
+    axes["layers"] = jax.tree.map(lambda names: ("layers", *names), axes["layers"], is_leaf=is_axes)
+    return axes
+
+
+def abstract(config: LlamaConfig, dtype: str = "float32") -> Params:
+    """Tree of `ShapeDtypeStruct`: the parameter layout that weights, checkpoints and optimizers use.
+
+    `embed [V,D]`, `head [D,V]` (absent when tied), `final_norm/scale [D]`, and under `layers`, each with a leading
+    L: `attention/{q [D,N,H], k [D,K,H], v [D,K,H], o [N,H,D]}`, `mlp/{gate [D,F], up [D,F], down [F,D]}`,
+    `attention_norm/scale`, `mlp_norm/scale` `[D]`, and biases where the config has them.
+    """
+    tree = dict(_declared(config)[0])
+    tree["layers"] = jax.tree.map(lambda a: jax.ShapeDtypeStruct((config.layers, *a.shape), a.dtype), tree["layers"])
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), tree)
+
+
+def init(config: LlamaConfig, key: jax.Array, dtype: str = "float32") -> Params:
+    """Random parameters in the layout of `abstract`: normal with the config's std, norms at one, biases at zero."""
+
+    def one(key: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(Llama(config, nnx.Rngs(key)), nnx.Param))
+
+    keys = jax.random.split(key, config.layers + 1)
+    params = one(keys[0])
+    params["layers"] = jax.vmap(lambda k: one(k)["layers"])(keys[1:])
+    return jax.tree.map(lambda a: a.astype(dtype), params)
+
+
+def _use(weights: Params, axes: Params, dtype: str) -> Params:
+    """Weights in compute dtype and layout: the all-gather over `fsdp`, after the cast so that it moves fewer bytes."""
+    cast = lambda w, a: jax.sharding.reshard(w.astype(dtype), spec(a, COMPUTED))  # noqa: E731
+    return jax.tree.map(cast, weights, axes, is_leaf=lambda node: is_axes(node))
+
+
+def _embed(config: LlamaConfig, compute: Compute, params: Params, tokens: jax.Array) -> jax.Array:
+    with jax.named_scope("embed"):
+        return params["embed"].astype(compute.dtype).at[tokens].get(out_sharding=P(*spec_of(tokens), None))
+
+
+def _run_layers(
+    config: LlamaConfig, compute: Compute, params: Params, x: jax.Array, positions: jax.Array, read: Callable,
+    carry: Any, dropout: Dropout | None,
+) -> tuple[jax.Array, Any, Any]:
+    """Applies all layers. `read(layer, carry, q, k, v) -> (out, carry, kept)` attends and may update the carry.
+
+    Returns:
+        hidden states `[B,T,D]` after the last norm, the carry, and what `read` kept, stacked over L.
+    """
+    definition = _definition(config, Block)
+    axes = _declared(config)[1]["layers"]
+    rotation = angles(config, positions)
+
+    def body(state: tuple[jax.Array, Any], layer: tuple[jax.Array, Params]) -> tuple[tuple[jax.Array, Any], Any]:
+        x, carry = state
+        index, weights = layer
+        held = []
+
+        def read_layer(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+            out, new, kept = read(index, carry, q, k, v)
+            held.append(new)
+            return out, kept
+
+        def drop(branch: jax.Array, site: int) -> jax.Array:
+            if dropout is None or dropout.rate == 0.0:
+                return branch
+            key = jax.random.fold_in(jax.random.fold_in(dropout.key, index), site)
+            keep = jax.random.bernoulli(key, 1.0 - dropout.rate, branch.shape, out_sharding=P(*spec_of(branch)))
+            return jnp.where(keep, branch / (1.0 - dropout.rate), 0).astype(branch.dtype)
+
+        block = nnx.merge(definition, _use(weights, axes, compute.dtype))
+        with jax.named_scope("block"):
+            x, kept = block(x, rotation, read_layer, drop)
+        return (x, held[0]), kept
+
+    if compute.remat == "full":
+        body = jax.checkpoint(body)
+    elif compute.remat == "dots":
+        body = jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    indices = jnp.arange(config.layers)
+    (x, carry), kept = jax.lax.scan(body, (x, carry), (indices, params["layers"]), unroll=compute.unroll)
+    return _final_norm(config, params, x), carry, kept
+
+
+def _final_norm(config: LlamaConfig, params: Params, x: jax.Array) -> jax.Array:
+    return nnx.merge(_definition(config, RMSNorm), params["final_norm"])(x)
+
+
+def hidden_states(
+    config: LlamaConfig, compute: Compute, params: Params, tokens: jax.Array, positions: jax.Array,
+    dropout: Dropout | None = None,
+) -> jax.Array:
+    """Hidden states for training: causal attention of each row over itself.
+
+    Args:
+        tokens: `[B,T]` int32, right padded.
+        positions: `[B,T]` int32, NOWHERE at padding.
+        dropout: residual dropout, or None.
+
+    Returns:
+        `[B,T,D]` in the compute dtype, after the last norm. Values at padding mean nothing.
+    """
+
+    def read(index: jax.Array, carry: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None, None]:
+        return attend(q, positions, (Keys(k, v, positions),), config.sliding_window), None, None
+
+    x = _embed(config, compute, params, tokens)
+    return _run_layers(config, compute, params, x, positions, read, None, dropout)[0]
+
+
+def prefill(
+    config: LlamaConfig, compute: Compute, params: Params, tokens: jax.Array, positions: jax.Array,
+    prefix: tuple[Keys, ...] = (),
+) -> tuple[jax.Array, Keys]:
+    """Reads prompts, after optional shared prefixes, and keeps their keys.
+
+    Args:
+        tokens, positions: `[B,T]` int32, right padded, positions NOWHERE at padding and counted from the sequence's
+            start (so they begin at the prefix's length).
+        prefix: caches `[L,G,S,K,H]` that all rows (or each group of rows) have read before.
+
+    Returns:
+        hidden states `[B,T,D]`, and the rows' own keys `[L,B,T,K,H]`.
+    """
+
+    def read(index: jax.Array, carry: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None, Any]:
+        blocks = (*_layer(prefix, index), Keys(k, v, positions))
+        return attend(q, positions, blocks, config.sliding_window), None, (k, v)
+
+    x = _embed(config, compute, params, tokens)
+    x, _, (k, v) = _run_layers(config, compute, params, x, positions, read, None, None)
+    return x, Keys(k, v, positions)
+
+
+def decode_step(
+    config: LlamaConfig, compute: Compute, params: Params, tokens: jax.Array, positions: jax.Array,
+    prefix: tuple[Keys, ...], own: Keys, slot: jax.Array,
+) -> tuple[jax.Array, Keys]:
+    """Reads one token a row and writes its keys at `slot` of the rows' own cache.
+
+    The cache rides in the scan's carry and takes a one-token update: the xs/ys form keeps a second copy of it.
+
+    Args:
+        tokens, positions: `[B]` int32.
+        prefix: caches that came before, `[L,G,S,K,H]`.
+        own: the rows' cache `[L,B,S,K,H]`; slots from `slot` on are unwritten.
+        slot: scalar int32, the same for all rows (positions may differ).
+
+    Returns:
+        hidden states `[B,D]` and the updated cache.
+    """
+    slots = jnp.arange(own.positions.shape[1])
+    key_positions = jnp.where(slots[None, :] == slot, positions[:, None], own.positions)
+
+    def read(index: jax.Array, carry: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any, None]:
+        all_k, all_v = carry
+        zero = jnp.zeros((), index.dtype)
+        start = (index, zero, slot.astype(index.dtype), zero, zero)
+        all_k = jax.lax.dynamic_update_slice(all_k, k[None].astype(all_k.dtype), start)
+        all_v = jax.lax.dynamic_update_slice(all_v, v[None].astype(all_v.dtype), start)
+        here = Keys(all_k[index], all_v[index], key_positions)
+        return attend(q, positions[:, None], (*_layer(prefix, index), here), config.sliding_window), (all_k, all_v), None
+
+    x = _embed(config, compute, params, tokens[:, None])
+    x, (k, v), _ = _run_layers(config, compute, params, x, positions[:, None], read, (own.k, own.v), None)
+    return x[:, 0], Keys(k, v, key_positions)
+
+
+def _layer(caches: tuple[Keys, ...], index: jax.Array) -> tuple[Keys, ...]:
+    return tuple(Keys(cache.k[index], cache.v[index], cache.positions) for cache in caches)
+
+
+def head_weights(config: LlamaConfig, compute: Compute, params: Params) -> jax.Array:
+    """The head `[D,V]` in the compute dtype, gathered over `fsdp` once (outside any loop over tokens)."""
+    if config.tied:
+        return _use({"w": params["embed"]}, {"w": ("vocab", "embed")}, compute.dtype)["w"].T
+    return _use({"w": params["head"]}, {"w": ("embed", "vocab")}, compute.dtype)["w"]
+
+
+def logits(head: jax.Array, hidden: jax.Array) -> jax.Array:
+    """Float32 logits `[...,V]` of hidden states `[...,D]`."""
+    with jax.named_scope("head"):
+        return jnp.einsum("...D,DV->...V", hidden, head, preferred_element_type=jnp.float32)
+
+
+def stored_specs(config: LlamaConfig) -> Params:
+    """Partition specs of the stored parameters."""
+    return jax.tree.map(partial(spec, rules=STORED), logical_axes(config), is_leaf=is_axes)

@@ -1,0 +1,1 @@
+"""What a person sees while a run runs and after it: progress, metrics, the report."""

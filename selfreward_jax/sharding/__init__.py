@@ -1,0 +1,1 @@
+"""The mesh and the tables from logical axes to mesh axes."""

@@ -1,0 +1,1 @@
+"""Losses on log-probs, the step, the trainer and its checkpoints."""
