@@ -203,7 +203,8 @@ def _use(weights: Params, axes: Params, dtype: str) -> Params:
 
 def _embed(config: LlamaConfig, compute: Compute, params: Params, tokens: jax.Array) -> jax.Array:
     with jax.named_scope("embed"):
-        return params["embed"].astype(compute.dtype).at[tokens].get(out_sharding=P(*spec_of(tokens), None))
+        table = _use({"w": params["embed"]}, {"w": ("vocab", "embed")}, compute.dtype)["w"]
+        return table.at[tokens].get(out_sharding=P(*spec_of(tokens), None))
 
 
 def _run_layers(

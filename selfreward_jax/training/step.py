@@ -1,0 +1,127 @@
+"""One update, in two jitted functions: add a microbatch's gradient, then apply the sum.
+
+Gradients of sums are added and divided once by the summed weight, so accumulation gives the exact global mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+
+from selfreward_jax.model import llama
+from selfreward_jax.model.attention import spec_of
+from selfreward_jax.model.config import LlamaConfig
+from selfreward_jax.training import optimizer as optimizers
+from selfreward_jax.training.logprobs import Batch, target_logprobs
+from selfreward_jax.training.losses import dpo_loss, sft_loss
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (weighted sum, weight)
+
+
+class PairBatch(NamedTuple):
+    """A batch of pairs: rows 2i and 2i+1 of `rows` are the chosen and rejected response of pair i.
+
+    Attributes:
+        rows: `B = 2 x pairs` rows.
+        reference: `[B]` float32, summed log-probs of the rows under the frozen reference.
+        weights: `[pairs]` float32, 0 for pairs that only fill the batch.
+    """
+
+    rows: Batch
+    reference: jax.Array
+    weights: jax.Array
+
+
+Objective = Callable[[Any, Callable[[Batch], jax.Array]], tuple[jax.Array, jax.Array, Metrics]]
+
+
+def sft_objective(batch: Batch, logprobs: Callable[[Batch], jax.Array]) -> tuple[jax.Array, jax.Array, Metrics]:
+    """SFT as (sum, weight, metrics); `logprobs` maps a batch to `[B,M]` log-probs."""
+    total, weight = sft_loss(logprobs(batch), batch.weights)
+    return total, weight, {"loss": (total, weight)}
+
+
+def dpo_objective(
+    batch: PairBatch, logprobs: Callable[[Batch], jax.Array], *, beta: float
+) -> tuple[jax.Array, jax.Array, Metrics]:
+    """DPO as (sum, weight, metrics) over the batch's pairs."""
+    policy = split_pairs(jnp.sum(logprobs(batch.rows), axis=-1))
+    reference = split_pairs(batch.reference)
+    losses, chosen, rejected = dpo_loss(*policy, *reference, beta)
+    lengths = split_pairs(jnp.sum(batch.rows.weights, axis=-1))
+    weight = jnp.sum(batch.weights)
+
+    def mean(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.sum(values * batch.weights), weight
+
+    total = jnp.sum(losses * batch.weights)
+    metrics = {
+        "loss": (total, weight),
+        "reward_chosen": mean(chosen),
+        "reward_rejected": mean(rejected),
+        "margin": mean(chosen - rejected),
+        "accuracy": mean((chosen > rejected).astype(jnp.float32)),
+        "logp_chosen": mean(policy[0]),
+        "logp_rejected": mean(policy[1]),
+        "length_chosen": mean(lengths[0]),
+        "length_rejected": mean(lengths[1]),
+    }
+    return total, weight, metrics
+
+
+def split_pairs(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`[2 x pairs]` interleaved to chosen `[pairs]` and rejected `[pairs]`."""
+    pairs = rows.reshape(rows.shape[0] // 2, 2, out_sharding=P(*spec_of(rows), None))
+    return pairs[:, 0], pairs[:, 1]
+
+
+@partial(jax.jit, static_argnames=("config", "compute", "objective", "chunk", "dropout"), donate_argnames=("total",))
+def add_gradient(
+    config: LlamaConfig, compute: llama.Compute, objective: Objective, chunk: int, dropout: float,
+    params: llama.Params, total: tuple[llama.Params, jax.Array], batch: Any, key: jax.Array,
+) -> tuple[tuple[llama.Params, jax.Array], Metrics]:
+    """Adds the gradient of the microbatch's summed loss.
+
+    Args:
+        total: (summed gradients like `params`, summed weight); donated.
+        key: the dropout key of this microbatch.
+    """
+
+    def loss(params: llama.Params) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+        drop = llama.Dropout(dropout, key) if dropout else None
+        logprobs = partial(target_logprobs, config, compute, params, chunk=chunk, dropout=drop)
+        summed, weight, metrics = objective(batch, logprobs)
+        return summed, (weight, metrics)
+
+    gradients, (weight, metrics) = jax.grad(loss, has_aux=True)(params)
+    return (jax.tree.map(jnp.add, total[0], gradients), total[1] + weight), metrics
+
+
+@partial(jax.jit, static_argnames=("spec",), donate_argnames=("params", "state", "total"))
+def apply_gradient(
+    spec: optimizers.Optimizer, params: llama.Params, state: optax.OptState, total: tuple[llama.Params, jax.Array]
+) -> tuple[llama.Params, optax.OptState, tuple[llama.Params, jax.Array], jax.Array]:
+    """Divides the summed gradient by the summed weight and updates.
+
+    Returns:
+        parameters, optimizer state, a zeroed `total` for the next update (in the donated buffers), and the global
+        norm of the gradient before clipping.
+    """
+    gradients = jax.tree.map(lambda g: g / total[1], total[0])
+    updates, state = optimizers.make(spec).update(gradients, state, params)
+    zero = jax.tree.map(jnp.zeros_like, total)
+    return optax.apply_updates(params, updates), state, zero, optax.global_norm(gradients)
+
+
+@partial(jax.jit, static_argnames=("config", "compute", "chunk"))
+def logprob_pass(
+    config: LlamaConfig, compute: llama.Compute, chunk: int, params: llama.Params, batch: Batch
+) -> jax.Array:
+    """Log-probs `[B,M]` without dropout: the frozen reference, and the check before step 0."""
+    return target_logprobs(config, compute, params, batch, chunk)

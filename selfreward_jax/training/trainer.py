@@ -1,0 +1,214 @@
+"""The training loop: rows in, parameters out, resumable at any update.
+
+The order of examples and every dropout key are functions of (seed, step), so a checkpoint is (step, params,
+optimizer state) and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from selfreward_jax.data import batches
+from selfreward_jax.errors import UserError
+from selfreward_jax.model import llama
+from selfreward_jax.model.config import LlamaConfig
+from selfreward_jax.observe import metrics as metric_files
+from selfreward_jax.observe.progress import progress, say
+from selfreward_jax.sharding.rules import BATCH
+from selfreward_jax.training import checkpoint, step
+from selfreward_jax.training.logprobs import Batch
+from selfreward_jax.training.optimizer import Optimizer, make
+
+
+@dataclasses.dataclass(frozen=True)
+class PairRow:
+    """A preference pair as token rows, and the frozen reference's summed log-probs of both responses, nats."""
+
+    chosen: batches.Row
+    rejected: batches.Row
+    ref_chosen: float
+    ref_rejected: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How one stage trains.
+
+    Attributes:
+        epochs, batch, seed: how often each example is seen, examples (or pairs) an update, and the order's seed.
+        microbatch: examples (or pairs) whose gradient is computed at once.
+        dropout: residual dropout rate.
+        chunk: target tokens a row that meet the head at once.
+        shape: padding multiples.
+        checkpoint_every, keep: updates between checkpoints (0: none), and how many are kept.
+    """
+
+    optimizer: Optimizer
+    epochs: int
+    batch: int
+    microbatch: int
+    seed: int
+    dropout: float
+    chunk: int
+    shape: batches.Shape
+    checkpoint_every: int
+    keep: int
+
+
+Item = Any  # batches.Row for SFT, PairRow for DPO
+OnCheckpoint = Callable[[int, llama.Params], bool]
+
+
+def rows_multiple(mesh: jax.sharding.Mesh) -> int:
+    """Rows of a batch are a multiple of this many, one or more for each (data, fsdp) shard."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def place(array: np.ndarray, mesh: jax.sharding.Mesh) -> jax.Array:
+    """Puts a host array on the mesh, rows split over (data, fsdp); every process holds the whole host array."""
+    sharding = NamedSharding(mesh, P(BATCH, *(None,) * (array.ndim - 1)))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def place_rows(rows: Sequence[batches.Row], count: int, shape: batches.Shape, mesh: jax.sharding.Mesh) -> Batch:
+    """Pads rows and puts them on the mesh."""
+    padded = batches.pad_rows(rows, count, shape)
+    return Batch(*(place(getattr(padded, field), mesh) for field in Batch._fields))
+
+
+def collate_rows(items: Sequence[batches.Row], plan: Plan, mesh: jax.sharding.Mesh) -> Batch:
+    """A microbatch of SFT rows; a short one is padded with rows of weight 0."""
+    multiple = rows_multiple(mesh)
+    return place_rows(items, -(-plan.microbatch // multiple) * multiple, plan.shape, mesh)
+
+
+def collate_pairs(items: Sequence[PairRow], plan: Plan, mesh: jax.sharding.Mesh) -> step.PairBatch:
+    """A microbatch of pairs, chosen and rejected interleaved; a short one is padded with pairs of weight 0."""
+    multiple = rows_multiple(mesh)
+    count = -(-plan.microbatch // multiple) * multiple
+    rows = [row for pair in items for row in (pair.chosen, pair.rejected)]
+    reference = np.zeros((2 * count,), np.float32)
+    weights = np.zeros((count,), np.float32)
+    for index, pair in enumerate(items):
+        reference[2 * index : 2 * index + 2] = (pair.ref_chosen, pair.ref_rejected)
+        weights[index] = 1.0
+    batch = place_rows(rows, 2 * count, plan.shape, mesh)
+    return step.PairBatch(batch, place(reference, mesh), place(weights, mesh))
+
+
+def item_length(item: Item) -> int:
+    """Tokens of an item's longest row."""
+    return max(len(item.chosen.tokens), len(item.rejected.tokens)) if hasattr(item, "chosen") else len(item.tokens)
+
+
+def item_tokens(item: Item) -> int:
+    """Tokens of all of an item's rows."""
+    return len(item.chosen.tokens) + len(item.rejected.tokens) if hasattr(item, "chosen") else len(item.tokens)
+
+
+def train(
+    name: str, config: LlamaConfig, compute: llama.Compute, plan: Plan, mesh: jax.sharding.Mesh, params: llama.Params,
+    items: Sequence[Item], collate: Callable, objective: step.Objective, directory: epath.Path,
+    on_checkpoint: OnCheckpoint | None = None,
+) -> tuple[llama.Params, dict[str, float]]:
+    """Trains from `params` (donated) and resumes from the newest checkpoint under `directory`, if there is one.
+
+    Args:
+        name: shown in the progress line.
+        items: encoded examples.
+        collate: items of a microbatch -> device batch, `collate_rows` or `collate_pairs`.
+        objective: `step.sft_objective` or a partial of `step.dpo_objective`.
+        directory: the model's folder; `checkpoints/` and `metrics/` are kept there.
+        on_checkpoint: called with (step, params) after each checkpoint; True ends training there (early stopping).
+
+    Returns:
+        The trained parameters, and {updates, loss (mean over the last epoch), ...} for the stage's record.
+
+    Raises:
+        UserError: if the loss or gradient norm is not finite.
+    """
+    total_steps = batches.updates(len(items), plan.epochs, plan.batch)
+    state = jax.jit(make(plan.optimizer).init)(params)
+    first = 0
+    checkpoints = checkpoint.manager(directory / "checkpoints", plan.keep) if plan.checkpoint_every else None
+    if checkpoints:
+        found = checkpoint.restore(checkpoints, {"params": params, "state": state})
+        if found:
+            first, tree = found
+            params, state = tree["params"], tree["state"]
+            say(f"[{name}] continues after update {first} of {total_steps}")
+    total = jax.jit(lambda p: (jax.tree.map(jnp.zeros_like, p), jnp.float32(0)))(params)
+    write, close = metric_files.writer(directory / "metrics")
+    base = jax.random.key(plan.seed)
+    pending: tuple[int, float, int, list[step.Metrics], jax.Array] | None = None
+    history: list[dict[str, float]] = []
+
+    def report() -> str:
+        """Fetches the update before this one: one late, so that the device never waits for the host."""
+        nonlocal pending
+        if pending is None:
+            return ""
+        at, began, tokens, parts, norm = pending
+        row = _row(at, parts, float(norm), tokens, time.monotonic() - began)
+        pending = None
+        if not (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"])):
+            raise UserError(f"[{name}] update {at}: loss {row['loss']}, gradient norm {row['grad_norm']}; lower the lr")
+        write(row)
+        history.append(row)
+        return " ".join(f"{key} {row[key]:.3g}" for key in ("loss", "accuracy", "margin", "tokens_per_s") if key in row)
+
+    with progress(name, total_steps, "updates", done=first) as advance:
+        for number in range(first, total_steps):
+            began = time.monotonic()
+            indices = batches.batch_indices(len(items), plan.epochs, plan.seed, plan.batch, number)
+            chosen = [items[i] for i in indices]
+            key = jax.random.fold_in(base, number)
+            parts = []
+            for part, members in enumerate(batches.microbatches([item_length(i) for i in chosen], plan.microbatch)):
+                batch = collate([chosen[i] for i in members], plan, mesh)
+                total, measured = step.add_gradient(
+                    config, compute, objective, plan.chunk, plan.dropout, params, total, batch,
+                    jax.random.fold_in(key, part),
+                )  # fmt: skip
+                parts.append(measured)
+            params, state, total, norm = step.apply_gradient(plan.optimizer, params, state, total)
+            note = report()
+            pending = (number, began, sum(item_tokens(i) for i in chosen), parts, norm)
+            if checkpoints and (number + 1) % plan.checkpoint_every == 0 and number + 1 < total_steps:
+                note = report() or note  # a state is saved only after its loss is known to be finite
+                checkpoint.save(checkpoints, number + 1, {"params": params, "state": state})
+                if on_checkpoint and on_checkpoint(number + 1, params):
+                    advance(1, note)
+                    break
+            advance(1, note)
+        report()
+    close()
+    if checkpoints:
+        checkpoints.close()
+    rows = metric_files.read(directory / "metrics")
+    last = rows[-max(1, batches.updates(len(items), 1, plan.batch)) :]
+    summary = {"updates": float(len(rows))}
+    for key in ("loss", "accuracy", "margin", "grad_norm"):
+        if last and key in last[-1]:
+            summary[key] = sum(row[key] for row in last) / len(last)
+    return params, summary
+
+
+def _row(at: int, parts: list[step.Metrics], norm: float, tokens: int, seconds: float) -> dict[str, float]:
+    sums: dict[str, tuple[float, float]] = {}
+    for part in jax.device_get(parts):
+        for key, (value, weight) in part.items():
+            before = sums.get(key, (0.0, 0.0))
+            sums[key] = (before[0] + float(value), before[1] + float(weight))
+    row = {key: value / weight for key, (value, weight) in sums.items()}
+    return {"step": at, **row, "grad_norm": norm, "tokens": tokens, "tokens_per_s": tokens / max(seconds, 1e-9)}
