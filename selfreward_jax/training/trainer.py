@@ -39,6 +39,10 @@ class PairRow:
     ref_chosen: float
     ref_rejected: float
 
+    @property
+    def rows(self) -> tuple[batches.Row, ...]:
+        return (self.chosen, self.rejected)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -65,7 +69,7 @@ class Plan:
     keep: int
 
 
-Item = Any  # batches.Row for SFT, PairRow for DPO
+Item = Any  # anything with `rows`: batches.Row for SFT, PairRow for DPO
 OnCheckpoint = Callable[[int, llama.Params], bool]
 
 
@@ -104,16 +108,6 @@ def collate_pairs(items: Sequence[PairRow], plan: Plan, mesh: jax.sharding.Mesh)
         weights[index] = 1.0
     batch = place_rows(rows, 2 * count, plan.shape, mesh)
     return step.PairBatch(batch, place(reference, mesh), place(weights, mesh))
-
-
-def item_length(item: Item) -> int:
-    """Tokens of an item's longest row."""
-    return max(len(item.chosen.tokens), len(item.rejected.tokens)) if hasattr(item, "chosen") else len(item.tokens)
-
-
-def item_tokens(item: Item) -> int:
-    """Tokens of all of an item's rows."""
-    return len(item.chosen.tokens) + len(item.rejected.tokens) if hasattr(item, "chosen") else len(item.tokens)
 
 
 def train(
@@ -174,7 +168,7 @@ def train(
             chosen = [items[i] for i in indices]
             key = jax.random.fold_in(base, number)
             parts = []
-            for part, members in enumerate(batches.microbatches([item_length(i) for i in chosen], plan.microbatch)):
+            for part, members in enumerate(batches.microbatches([_longest(item) for item in chosen], plan.microbatch)):
                 batch = collate([chosen[i] for i in members], plan, mesh)
                 total, measured = step.add_gradient(
                     config, compute, objective, plan.chunk, plan.dropout, params, total, batch,
@@ -183,7 +177,7 @@ def train(
                 parts.append(measured)
             params, state, total, norm = step.apply_gradient(plan.optimizer, params, state, total)
             note = report()
-            pending = (number, began, sum(item_tokens(i) for i in chosen), parts, norm)
+            pending = (number, began, sum(len(row.tokens) for item in chosen for row in item.rows), parts, norm)
             if checkpoints and (number + 1) % plan.checkpoint_every == 0 and number + 1 < total_steps:
                 note = report() or note  # a state is saved only after its loss is known to be finite
                 checkpoint.save(checkpoints, number + 1, {"params": params, "state": state})
@@ -202,6 +196,10 @@ def train(
         if last and key in last[-1]:
             summary[key] = sum(row[key] for row in last) / len(last)
     return params, summary
+
+
+def _longest(item: Item) -> int:
+    return max(len(row.tokens) for row in item.rows)
 
 
 def _row(at: int, parts: list[step.Metrics], norm: float, tokens: int, seconds: float) -> dict[str, float]:
