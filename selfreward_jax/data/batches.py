@@ -19,6 +19,10 @@ class Row:
     tokens: tuple[int, ...]
     start: int
 
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return (self,)
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:

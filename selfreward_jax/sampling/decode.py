@@ -43,15 +43,16 @@ def prefix_keys(config: LlamaConfig, compute: llama.Compute, params: llama.Param
     return llama.prefill(config, compute, params, tokens, positions)[1]
 
 
-@partial(jax.jit, static_argnames=("config", "compute", "decode_compute", "sampling", "seed", "phase"))
+@partial(jax.jit, static_argnames=("config", "compute", "decode_compute", "sampling", "vocabulary"))
 def sample(
     config: LlamaConfig, compute: llama.Compute, decode_compute: llama.Compute, sampling: Sampling, seed: int, phase: int,
-    params: llama.Params, prompts: jax.Array, lengths: jax.Array, requests: jax.Array, prefix: tuple[Keys, ...],
+    vocabulary: int, params: llama.Params, prompts: jax.Array, lengths: jax.Array, requests: jax.Array, prefix: tuple[Keys, ...],
     stop_ids: jax.Array,
 ) -> Sampled:
     """Samples n completions of each of P prompts: one prefill a prompt, shared by its n rows.
 
     Args:
+        vocabulary: tokens from here on are padding rows of the head; they are never chosen.
         prompts: `[P,T]` int32, right padded, without the shared prefix.
         lengths: `[P]` int32; 0 marks a prompt that only fills the batch.
         requests: `[P,n]` int32, the identity of each completion, for its random key.
@@ -76,8 +77,9 @@ def sample(
         wide = jnp.broadcast_to(x[:, None], (count, samples, *x.shape[1:]), out_sharding=P(BATCH, None, *spec_of(x)[1:]))
         return wide.reshape(rows, *x.shape[1:], out_sharding=P(BATCH, *spec_of(x)[1:]))
 
-    def vocabulary(hidden: jax.Array) -> jax.Array:  # logits [.., V] gathered over `tensor`: choosing needs whole rows
-        return jax.sharding.reshard(llama.logits(head, hidden), P(*spec_of(hidden)[:1], None))
+    def score(hidden: jax.Array) -> jax.Array:  # logits [.., V] gathered over `tensor`: choosing needs whole rows
+        whole = jax.sharding.reshard(llama.logits(head, hidden), P(*spec_of(hidden)[:1], None))
+        return whole if vocabulary >= whole.shape[-1] else jnp.where(jnp.arange(whole.shape[-1]) < vocabulary, whole, -jnp.inf)
 
     keys = request_keys(seed, phase, requests.reshape(rows, out_sharding=P(BATCH)))
     caches = (*prefix, prompt_keys)
@@ -112,7 +114,7 @@ def sample(
         "tokens": table.astype(jnp.int32), "logps": table, "lengths": flags.astype(jnp.int32),
         "stopped": flags, "done": idle, "fallbacks": jnp.zeros((), jnp.int32),
     }  # fmt: skip
-    state = record(state, jnp.zeros((), jnp.int32), spread(vocabulary(last)))
+    state = record(state, jnp.zeros((), jnp.int32), spread(score(last)))
 
     def go_on(state: dict[str, Any]) -> jax.Array:
         return (state["at"] < sampling.max_new_tokens) & ~jnp.all(state["done"])
@@ -122,7 +124,7 @@ def sample(
         hidden, own = llama.decode_step(
             config, decode_compute, params, state["token"], ends + at - 1, caches, state["own"], at - 1
         )
-        return record(state | {"own": own}, at, vocabulary(hidden)) | {"at": at + 1}
+        return record(state | {"own": own}, at, score(hidden)) | {"at": at + 1}
 
     with jax.named_scope("decode"):
         state = jax.lax.while_loop(go_on, step, state)

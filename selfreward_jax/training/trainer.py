@@ -15,8 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from selfreward_jax.data import batches
 from selfreward_jax.errors import UserError
@@ -24,7 +22,7 @@ from selfreward_jax.model import llama
 from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.observe import metrics as metric_files
 from selfreward_jax.observe.progress import progress, say
-from selfreward_jax.sharding.rules import BATCH
+from selfreward_jax.sharding.place import place, rows_multiple
 from selfreward_jax.training import checkpoint, step
 from selfreward_jax.training.logprobs import Batch
 from selfreward_jax.training.optimizer import Optimizer, make
@@ -71,17 +69,6 @@ class Plan:
 
 Item = Any  # anything with `rows`: batches.Row for SFT, PairRow for DPO
 OnCheckpoint = Callable[[int, llama.Params], bool]
-
-
-def rows_multiple(mesh: jax.sharding.Mesh) -> int:
-    """Rows of a batch are a multiple of this many, one or more for each (data, fsdp) shard."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
-
-
-def place(array: np.ndarray, mesh: jax.sharding.Mesh) -> jax.Array:
-    """Puts a host array on the mesh, rows split over (data, fsdp); every process holds the whole host array."""
-    sharding = NamedSharding(mesh, P(BATCH, *(None,) * (array.ndim - 1)))
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def place_rows(rows: Sequence[batches.Row], count: int, shape: batches.Shape, mesh: jax.sharding.Mesh) -> Batch:

@@ -1,0 +1,1 @@
+"""Data: typed records in jsonl, OpenAssistant trees, chat text and batches."""

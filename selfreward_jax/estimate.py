@@ -1,0 +1,141 @@
+"""What a run will cost, before it starts: generations, bytes and a rough time; and whether this host can hold it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from selfreward_jax import workdir
+from selfreward_jax.config import Config, models
+from selfreward_jax.errors import UserError
+
+# Bytes a parameter while training: parameter, two moments, the summed and the new gradient, all float32.
+TRAINING_BYTES = 20
+# Share of the matmul rate that decoding and training reach; measured for a 135M model on one CPU core: 37-38 %.
+EFFICIENCY = 0.35
+
+
+def memory_here() -> int:
+    """Bytes that the devices of this job hold together; on a CPU the machine's memory."""
+    devices = jax.devices()
+    if devices[0].platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return sum((device.memory_stats() or {}).get("bytes_limit", 0) for device in devices)
+
+
+def disk_here(root: epath.Path) -> int | None:
+    """Free bytes where the workdir will be; None for an object store."""
+    if "://" in str(root):
+        return None
+    path = os.path.abspath(os.fspath(root))
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return shutil.disk_usage(path).free
+
+
+def disk_needed(config: Config, parameters: int) -> int:
+    """Peak bytes of the workdir: every model's parameters and export, and the checkpoints of one training stage."""
+    width = {"float32": 4, "bfloat16": 2}
+    kept = len(models(config.target)) * (width[config.model.param_dtype] + width[config.model.export_dtype])
+    writing = max((part.keep + 1) * 12 if part.checkpoint_every else 0 for part in (config.sft, config.dpo))
+    return parameters * (kept + writing)
+
+
+def check_host(config: Config, root: epath.Path, parameters: int) -> None:
+    """Refuses a run that can't fit here, before anything is downloaded.
+
+    Raises:
+        UserError: bytes needed and bytes here, for memory and disk.
+    """
+    lines = []
+    need, have = parameters * TRAINING_BYTES, memory_here()
+    if need > have:
+        lines.append(
+            f"training {parameters / 1e9:.2f} billion parameters needs {need / 1e9:,.1f} GB of device memory,"
+            f" here are {have / 1e9:,.1f} GB; use the preset :demo (--config=configs/m3.py:demo) or a larger slice"
+        )
+    need_disk, have_disk = disk_needed(config, parameters), disk_here(root)
+    if have_disk is not None and need_disk > have_disk:
+        lines.append(
+            f"--workdir={root}: {need_disk / 1e9:,.1f} GB needed on disk, {have_disk / 1e9:,.1f} GB are free;"
+            " take another folder or the preset :demo"
+        )
+    if lines:
+        raise UserError(*lines)
+
+
+def generations(config: Config) -> dict[str, tuple[int, int]]:
+    """Completions and new tokens at most, by stage."""
+    out: dict[str, tuple[int, int]] = {}
+    check_votes = (config.check.prompts + 3 * max(0, config.eft.eval_sets)) * config.check.k
+    for model in models(config.target):
+        if model == "m1" and config.eft.source == "build":
+            judged = 3 * max(0, config.eft.train_sets) * config.eft.k
+            out["m1/eft"] = (judged, judged * config.judge.max_new_tokens)
+        if model not in ("sft", "m1"):
+            if config.prompts.source == "self_instruct":
+                # Seven new prompts a request at most; about half are kept (Wang et al. 2023).
+                asked = min(-(-config.prompts.per_iteration // 3), config.prompts.max_rounds * config.prompts.requests)
+                out[f"{model}/prompts"] = (asked, asked * config.prompts.max_new_tokens)
+            count = config.prompts.per_iteration * config.responses.n
+            out[f"{model}/responses"] = (count, count * config.responses.max_new_tokens)
+            out[f"{model}/judgments"] = (count * config.judge.k, count * config.judge.k * config.judge.max_new_tokens)
+        tokens = config.check.prompts * config.responses.max_new_tokens + check_votes * config.judge.max_new_tokens
+        out[f"{model}/check"] = (config.check.prompts + check_votes, tokens)
+    return out
+
+
+def training_tokens(config: Config, model: str) -> int:
+    """Rough tokens that a training stage reads: 300 an example of seed data, 600 a judge example."""
+    examples = max(0, config.data.ift_examples) * 300
+    if model == "m1":
+        examples += (72 if config.eft.source == "file" else 1630) * 600
+    if model not in ("sft", "m1"):
+        return config.prompts.per_iteration * 2 * (config.responses.max_new_tokens + 100) * config.dpo.epochs
+    return examples * config.sft.epochs
+
+
+def matmul_rate(dtype: str) -> float:
+    """FLOP/s of a 2048-cubed matmul on one device here, the best of three."""
+    a = jnp.ones((2048, 2048), dtype)
+    product = jax.jit(lambda a: a @ a)
+    product(a).block_until_ready()
+    times = []
+    for _ in range(3):
+        began = time.monotonic()
+        product(a).block_until_ready()
+        times.append(time.monotonic() - began)
+    return 2 * 2048**3 / min(times) * (1 if jax.default_backend() == "cpu" else jax.device_count())
+
+
+def table(config: Config, root: epath.Path, stages: list[str], parameters: int) -> list[str]:
+    """Lines of the dry run: a line a stage, then bytes and time."""
+    rate = matmul_rate(config.model.compute_dtype) * EFFICIENCY
+    counts = generations(config)
+    lines, total = [], 0.0
+    for name in stages:
+        model, kind = name.split("/")
+        flops, what = 0.0, ""
+        if name in counts:
+            some, tokens = counts[name]
+            flops = 2.0 * parameters * tokens * 2  # and about as many prompt tokens
+            what = f"{some:>8,} generations"
+        elif kind == "train":
+            flops = 8.0 * parameters * training_tokens(config, model)  # 2 forward, 4 backward, 2 recomputed
+            what = "training"
+        done = workdir.is_done(root, name)
+        total += 0.0 if done else flops / rate
+        lines.append(f"{name:<16} {what:<22} {'done' if done else f'about {flops / rate:,.0f} s' if flops else ''}".rstrip())
+    width = {"float32": 4, "bfloat16": 2}[config.model.param_dtype]
+    lines += [
+        f"generations {sum(some for some, _ in counts.values()):,}",
+        f"time about {total / 60:,.0f} min at {rate / 1e9:,.0f} GFLOP/s (a matmul timed here x {EFFICIENCY}; a guess, not a measurement)",
+        f"bytes: parameters {parameters * width:,}, training {parameters * TRAINING_BYTES:,} of {memory_here():,} here,"
+        f" workdir up to {disk_needed(config, parameters):,} of {disk_here(root) or 0:,} free",
+    ]
+    return lines

@@ -1,0 +1,103 @@
+"""Judge prompts: the paper's Figure 2 or a user's own, and how a response is put into one.
+
+What stands in the two places comes from data or from the model that is being judged, so it must not be able
+to end its place early. Placeholders inside the texts stay text (one pass over the template), and the tags
+that fence the response are made harmless, see `neutralise`. A "Score: 5" inside a response is left as it is:
+scores are parsed from what the judge generates, never from its prompt.
+"""
+
+import dataclasses
+import hashlib
+import importlib.resources
+import os
+import re
+
+from etils import epath
+
+from selfreward_jax.errors import UserError
+
+INSTRUCTION = "<INSTRUCTION_HERE>"
+RESPONSE = "<RESPONSE_HERE>"
+
+# name: (file, sha256 of the prompt, lowest score, highest score). The sum pins the wording: one changed
+# character of a judge prompt is another judge.
+_BUILT_IN = {
+    "additive": ("additive.txt", "2ee1f2185a36b0bace155bb1c091c7541a1f289385fb9f346bca46785ac9850e", 0, 5)
+}
+_PLACEHOLDER = re.compile(f"{INSTRUCTION}|{RESPONSE}")
+# Each part of a tag is a run of one kind of character, so a failing match costs no more than the run it read.
+_TAG = re.compile(r"<(?=\\*\s*(?:/\s*)?response\b)", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A judge prompt with each placeholder once, and the scores it can give, `low` to `high` inclusive."""
+
+    name: str
+    text: str
+    low: int
+    high: int
+
+
+def load(name_or_path: str | os.PathLike[str], low: int = 0, high: int = 5) -> Template:
+    """The built-in template 'additive' (paper Figure 2, scores 0 to 5), or a UTF-8 file with the two
+    placeholders.
+
+    One line end at the end of the file is not part of the prompt. Raises UserError for a file that is missing
+    or is not UTF-8, a placeholder that does not stand in it exactly once, and a score range that is empty or,
+    for a built-in template, not its own.
+    """
+    problems = [] if 0 <= low < high else [f"score range {low} to {high}: must have 0 <= low < high"]
+    name = os.fspath(name_or_path)
+    if name in _BUILT_IN:
+        file, digest, own_low, own_high = _BUILT_IN[name]
+        folder = importlib.resources.files("selfreward_jax.judging") / "templates"
+        text = _without_line_end((folder / file).read_text(encoding="utf-8"))
+        if hashlib.sha256(text.encode()).hexdigest() != digest:
+            problems.append(
+                f"{folder / file}: the built-in template was changed; copy it and name the copy instead"
+            )
+        if (low, high) != (own_low, own_high):
+            problems.append(f"template '{name}' scores {own_low} to {own_high}, not {low} to {high}")
+    else:
+        text = _read(name)
+        for placeholder in (INSTRUCTION, RESPONSE):
+            if (count := text.count(placeholder)) != 1:
+                problems.append(
+                    f"{name}: {placeholder} must stand in a judge template once, found {count} times"
+                )
+    if problems:
+        raise UserError(*problems)
+    return Template(name, text, low, high)
+
+
+def render(template: Template, instruction: str, response: str) -> str:
+    """The judge's prompt for one response (paper 2.2, step 3)."""
+    texts = {INSTRUCTION: neutralise(instruction), RESPONSE: neutralise(response)}
+    return _PLACEHOLDER.sub(lambda match: texts[match.group()], template.text)
+
+
+def neutralise(text: str) -> str:
+    r"""The text with a backslash after the "<" of everything that reads as a <response> or </response> tag.
+
+    Any case, inner spaces and attributes count: "</response>" becomes "<\/response>", "< Response x>" becomes
+    "<\ Response x>". A tag that has backslashes gets one more, so that taking one away gives the text back
+    and no two texts look the same to the judge.
+    """
+    return _TAG.sub(lambda match: "<\\", text)
+
+
+def _read(path: str) -> str:
+    file = epath.Path(path)
+    if not file.exists() or file.is_dir():
+        raise UserError(f"judge template '{path}': neither a built-in ({', '.join(_BUILT_IN)}) nor a file")
+    try:
+        return _without_line_end(file.read_bytes().decode().replace("\r\n", "\n"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start + 1})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _without_line_end(text: str) -> str:
+    return text.removesuffix("\n")

@@ -1,0 +1,47 @@
+"""Builds a model of the sequence: `python -m selfreward_jax.main --config=configs/m3.py:demo --workdir=runs/demo`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from etils import epath
+
+
+def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(prog="python -m selfreward_jax.main", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", default="configs/m2.py", help="config file, with :PRESET; any field by --config.NAME=VALUE")
+    parser.add_argument("--workdir", default="", help="the run's folder; by default runs/ and the config's name")
+    parser.add_argument("--dry_run", action="store_true", help="list the stages, generations, time and bytes, and stop")
+    parser.add_argument("--stop_after", default="", metavar="STAGE", help="stop after this stage, e.g. m2/responses")
+    parser.add_argument("--resume", choices=("strict", "override"), default="strict", help="override: go on with a changed config")
+    parser.add_argument("--fields", action="store_true", help="list every config field with its default and source")
+    known, rest = parser.parse_known_args(argv)
+    unknown = [word for word in rest if not word.startswith("--config.")]
+    if unknown:
+        parser.error(f"unknown arguments {unknown}; config fields are --config.NAME=VALUE")
+    return known, rest
+
+
+def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from selfreward_jax import cli, config as configs, launch
+
+    if arguments.fields:
+        print("\n".join(configs.describe()))
+        return
+    config = configs.from_config_dict(cli.parse_config(arguments.config, overrides))
+    name = os.path.basename(arguments.config).replace(".py", "").replace(":", "-")
+    launch.start(config, epath.Path(arguments.workdir or f"runs/{name}"), arguments)
+
+
+def main() -> int:
+    """Returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    from selfreward_jax.cli import exit_code
+
+    arguments, overrides = _arguments(sys.argv[1:])
+    return exit_code(lambda: _run(arguments, overrides))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

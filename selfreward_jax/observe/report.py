@@ -1,0 +1,71 @@
+"""The closing table: a row a model, from the records of its stages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from etils import epath
+from rich.console import Console
+from rich.table import Table
+
+from selfreward_jax import workdir
+
+COLUMNS = (
+    "model", "loss", "parse rate", "judge accuracy [95 %]", "own score", "candidates' score", "pairs kept",
+    "pairs dropped", "end of turn", "tokens", "seconds",
+)  # fmt: skip
+
+
+def _number(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def row(root: epath.Path, model: str, stages: list[str]) -> list[str]:
+    """One model's cells, in the order of `COLUMNS`; "-" where a model has no such figure."""
+    facts = {name.split("/")[1]: workdir.facts(root, name) for name in stages if name.startswith(f"{model}/")}
+    train, check = facts.get("train", {}), facts.get("check", {})
+    judgments, pairs = facts.get("judgments", {}), facts.get("pairs", {})
+    parsed = check.get("parsed", 0) + judgments.get("parsed", 0)
+    judged = check.get("judgments", 0) + judgments.get("judgments", 0)
+    accuracy = "-"
+    if check.get("pairs"):
+        accuracy = f"{check['accuracy']:.1%} [{check['low']:.1%}, {check['high']:.1%}] of {check['pairs']}"
+    dropped = ", ".join(f"{reason} {count}" for reason, count in pairs.get("drops", {}).items()) or "-"
+    seconds = sum(some.get("seconds", 0.0) for some in facts.values())
+    ended = check.get("ended", 0) / check["answers"] if check.get("answers") else None
+    return [
+        model, _number(train.get("loss"), ".4f"), _number(parsed / judged if judged else None, ".1%"), accuracy,
+        _number(check.get("own_score"), ".2f"), _number(pairs.get("mean_score"), ".2f"),
+        _number(pairs.get("pairs"), "d"), dropped, _number(ended, ".1%"), _number(check.get("mean_tokens"), ".1f"),
+        f"{seconds:.0f}",
+    ]  # fmt: skip
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """The table as Markdown."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+NOTES = """
+loss: mean over the last epoch (SFT: nats a target token; DPO: nats a pair). parse rate: judgments by this model (held-out replies, its
+own answers, and for M2 on those of the model before it) that gave a score. judge accuracy: pairs of held-out ranked replies in the
+human order, ties and missing scores counted as wrong; bootstrap over prompts; an interval that includes 50 % claims nothing. own score:
+mean score that the model gives its own answers to the validation prompts (each model is its own judge, so rows don't compare quality).
+candidates' score, pairs: of the data that this model was trained on. end of turn, tokens: of its answers to the validation prompts.
+"""
+
+
+def write(root: epath.Path, models: list[str], stages: list[str]) -> None:
+    """Prints the table and writes it, with the seconds of every stage, to `report.md`."""
+    rows = [row(root, model, stages) for model in models]
+    table = Table(title=f"{root}", show_lines=False)
+    for name in COLUMNS:
+        table.add_column(name, overflow="fold")
+    for cells in rows:
+        table.add_row(*cells)
+    console = Console()
+    console.print(table) if console.is_terminal else print(markdown(rows), flush=True)
+    lines = [f"| {name} | {workdir.facts(root, name)['seconds']:.1f} |\n" for name in stages if workdir.facts(root, name)]
+    text = f"# Run {root.name}\n\n{markdown(rows)}{NOTES}\n| stage | seconds |\n| --- | --- |\n{''.join(lines)}"
+    workdir.write_text(root / "report.md", text)

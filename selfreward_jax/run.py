@@ -1,0 +1,156 @@
+"""What the stages of one run share: the config, the folder, the mesh, the tokenizer, and the model in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from selfreward_jax import workdir
+from selfreward_jax.config import Config, TrainConfig
+from selfreward_jax.data import batches
+from selfreward_jax.data.chat import Chat, encode_prompt
+from selfreward_jax.data.records import Pair, read_records, to_json
+from selfreward_jax.model import llama
+from selfreward_jax.observe.progress import progress
+from selfreward_jax.sampling import engine as engines
+from selfreward_jax.sampling.tokens import Sampling
+from selfreward_jax.sharding.rules import shardings
+from selfreward_jax.training import checkpoint
+from selfreward_jax.training.optimizer import Optimizer
+from selfreward_jax.training.trainer import Plan
+from selfreward_jax.weights.source import Source, load_params
+
+
+@dataclasses.dataclass
+class Run:
+    """One process working on one run.
+
+    Attributes:
+        held: (name, parameters) of the model that was used last, so that neighbouring stages load it once.
+    """
+
+    config: Config
+    root: epath.Path
+    mesh: jax.sharding.Mesh
+    source: Source
+    chat: Chat
+    held: tuple[str, llama.Params] | None = None
+
+
+def compute(config: Config) -> llama.Compute:
+    """How the model runs while training and prefilling."""
+    return llama.Compute(config.model.compute_dtype, config.model.unroll, config.model.remat)
+
+
+def abstract_params(run: Run) -> llama.Params:
+    """Shapes, dtype and shardings of the parameters at training precision."""
+    config = run.source.config
+    placed = shardings(llama.logical_axes(config), run.mesh)
+    tree = llama.abstract(config, run.config.model.param_dtype)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, placed)
+
+
+def params_of(run: Run, model: str) -> llama.Params:
+    """Parameters of "m0" (the source) or of a model that this run has trained; kept until another is asked for."""
+    if run.held is None or run.held[0] != model:
+        run.held = None  # freed before the next is read: two copies of a 70B do not fit
+        if model == "m0":
+            params = load_params(run.source, run.mesh, run.config.model.param_dtype)
+        else:
+            params = checkpoint.load_params(run.root / model / "params", abstract_params(run))
+        run.held = (model, params)
+    return run.held[1]
+
+
+def take_params(run: Run, model: str) -> llama.Params:
+    """`params_of` for a caller that donates them to training: nobody else holds them afterwards."""
+    params = params_of(run, model)
+    run.held = None
+    return params
+
+
+def engine(run: Run, params: llama.Params) -> engines.Engine:
+    """A sampler over these parameters."""
+    training = compute(run.config)
+    return engines.Engine(
+        run.source.config, dataclasses.replace(training, remat="none"),
+        dataclasses.replace(training, remat="none", unroll=min(run.config.model.decode_unroll, run.source.config.layers)),
+        params, run.mesh, run.chat.stop_ids, run.chat.vocabulary, run.config.engine.rows, run.config.engine.pad,
+    )  # fmt: skip
+
+
+def sampling(run: Run, part: Any) -> Sampling:
+    """Sampling parameters from a config group that has temperature, top_p and max_new_tokens."""
+    return Sampling(part.temperature, part.top_p, part.max_new_tokens, run.config.engine.window)
+
+
+def plan(run: Run, part: TrainConfig, items: int) -> Plan:
+    """The training plan of a config group for so many examples."""
+    steps = batches.updates(items, part.epochs, part.batch)
+    optimizer = Optimizer(
+        part.lr, part.lr_end, steps, part.warmup, part.b1, part.b2, part.eps, part.weight_decay, part.clip
+    )
+    shape = batches.Shape(run.config.engine.pad, run.config.engine.pad_targets)
+    return Plan(
+        optimizer, part.epochs, part.batch, part.microbatch, run.config.seed, part.dropout, run.config.engine.chunk,
+        shape, part.checkpoint_every, part.keep,
+    )  # fmt: skip
+
+
+def fits(run: Run, ids: Sequence[int], new_tokens: int) -> bool:
+    """Whether a prompt leaves room for its completion in the model's context."""
+    return len(ids) + new_tokens <= run.source.config.context
+
+
+def pair_rows(run: Run, pair: Pair) -> tuple[batches.Row, batches.Row]:
+    """Chosen and rejected as token rows: the prompt's ids, then the ids as they were sampled."""
+    prompt = tuple(encode_prompt(run.chat, pair.prompt))
+    return batches.Row(prompt + pair.chosen_ids, len(prompt)), batches.Row(prompt + pair.rejected_ids, len(prompt))
+
+
+def write_records(path: epath.Path, records: Sequence[Any]) -> None:
+    """Writes records as jsonl, whole or not at all."""
+    workdir.write_text(path, "".join(to_json(record) + "\n" for record in records))
+
+
+def read_ours(path: epath.Path, cls: type) -> list[Any]:
+    """Records of a file that the run wrote; it may hold none (a user's empty file is an error, ours is not)."""
+    return read_records(path, cls) if path.stat().length else []
+
+
+def sample_parts(
+    run: Run, params: llama.Params, how: Sampling, requests: Sequence[engines.Request], stage: str,
+    directory: epath.Path, unit: str, to_records: Callable[[int, list[engines.Completion]], list[Any]],
+) -> list[epath.Path]:
+    """Samples all requests into part files; parts that an earlier process finished are not done again.
+
+    Args:
+        unit: what a completion is called in the progress line.
+        to_records: (index of the request, its completions) -> records to write.
+
+    Returns:
+        The part files, in order.
+    """
+    if not requests:
+        return []
+    model = engine(run, params)
+    width = engines.per_part(model, len(requests[0].keys))
+    files = workdir.parts(directory, -(-len(requests) // width))
+    there = [file.exists() for file in files]
+    per_request = len(requests[0].keys)
+    done = sum(len(requests[i * width : (i + 1) * width]) * per_request for i, exists in enumerate(there) if exists)
+    fallbacks = tokens = 0
+    with progress(stage, len(requests) * per_request, unit, done) as advance:
+        for part, completions, counts in engines.run(model, how, requests, run.config.seed, stage, there):
+            records = [
+                record for index, some in enumerate(completions) for record in to_records(part * width + index, some)
+            ]
+            write_records(files[part], records)
+            fallbacks += counts["fallbacks"]
+            tokens += counts["tokens"]
+            advance(len(completions) * per_request, f"{tokens} tokens, exact nucleus by full sort for {fallbacks}")
+    return files

@@ -1,0 +1,141 @@
+"""The host side of sampling: requests in, completions out, a part at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from selfreward_jax.model import llama
+from selfreward_jax.model.attention import Keys
+from selfreward_jax.model.config import LlamaConfig
+from selfreward_jax.sampling import decode
+from selfreward_jax.sampling.tokens import Sampling
+from selfreward_jax.sharding.place import place, rows_multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """A model that is ready to sample.
+
+    Attributes:
+        params: parameters on the mesh.
+        stop_ids: a completion ends after one of these.
+        vocabulary: ids from here on are padding rows of the head and are never sampled.
+        rows: completions that are decoded together.
+        pad: prompt lengths are padded to multiples of this.
+    """
+
+    config: LlamaConfig
+    compute: llama.Compute
+    decode_compute: llama.Compute
+    params: llama.Params
+    mesh: jax.sharding.Mesh
+    stop_ids: tuple[int, ...]
+    vocabulary: int
+    rows: int
+    pad: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt to complete n times.
+
+    Attributes:
+        ids: the prompt's token ids.
+        keys: identities of its completions, one each; with the seed and phase they decide the random draws.
+    """
+
+    ids: tuple[int, ...]
+    keys: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A sampled continuation; `finish_reason` is "stop" (a stop token, which is its last id) or "length"."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+
+
+def per_part(engine: Engine, samples: int) -> int:
+    """Requests that are sampled together, a multiple of the mesh's row shards."""
+    multiple = rows_multiple(engine.mesh)
+    return max(1, engine.rows // samples // multiple) * multiple
+
+
+def run(
+    engine: Engine, sampling: Sampling, requests: Sequence[Request], seed: int, phase: str, skip: Sequence[bool] = ()
+) -> Iterator[tuple[int, list[list[Completion]], dict[str, int]]]:
+    """Samples all requests, `per_part` at a time; what all of them begin with is read once.
+
+    Args:
+        requests: each with the same number of keys.
+        phase: names the work, e.g. "m2/responses"; part of every random key.
+        skip: parts that are not needed (an earlier process wrote them).
+
+    Yields:
+        (part, completions of each of its requests, {"tokens", "steps", "fallbacks"}).
+    """
+    if not requests:
+        return
+    samples = len(requests[0].keys)
+    width = per_part(engine, samples)
+    shared = _shared_prefix(requests)
+    longest = max(len(request.ids) for request in requests) - len(shared)
+    time = -(-longest // engine.pad) * engine.pad
+    prefix: tuple[Keys, ...] | None = None
+    stop_ids = np.asarray(engine.stop_ids, np.int32)
+    for part in range(-(-len(requests) // width)):
+        if part < len(skip) and skip[part]:
+            continue
+        if prefix is None:
+            here = np.asarray([shared], np.int32)
+            prefix = (decode.prefix_keys(engine.config, engine.compute, engine.params, here),) if shared else ()
+        chosen = requests[part * width : (part + 1) * width]
+        prompts = np.zeros((width, time), np.int32)
+        lengths = np.zeros((width,), np.int32)
+        keys = np.zeros((width, samples), np.int32)
+        for index, request in enumerate(chosen):
+            own = request.ids[len(shared) :]
+            prompts[index, : len(own)] = own
+            lengths[index] = len(own)
+            keys[index] = request.keys
+        sampled = decode.sample(
+            engine.config, engine.compute, engine.decode_compute, sampling, np.uint32(seed), np.uint32(zlib.crc32(phase.encode())),
+            engine.vocabulary, engine.params, place(prompts, engine.mesh), place(lengths, engine.mesh),
+            place(keys, engine.mesh), prefix, stop_ids,
+        )  # fmt: skip
+        yield part, *_collect(jax.device_get(sampled), len(chosen), samples)
+
+
+def _shared_prefix(requests: Sequence[Request]) -> tuple[int, ...]:
+    """The longest common start of all prompts, one token short of the shortest: each needs one of its own."""
+    first, last = min(request.ids for request in requests), max(request.ids for request in requests)
+    limit = min(len(request.ids) for request in requests) - 1
+    same = 0
+    while same < limit and first[same] == last[same]:
+        same += 1
+    return first[:same]
+
+
+def _collect(
+    sampled: decode.Sampled, requests: int, samples: int
+) -> tuple[list[list[Completion]], dict[str, int]]:
+    out = []
+    for request in range(requests):
+        rows = range(request * samples, (request + 1) * samples)
+        out.append([
+            Completion(
+                tuple(int(i) for i in sampled.tokens[row, : sampled.lengths[row]]),
+                tuple(round(float(p), 6) for p in sampled.logps[row, : sampled.lengths[row]]),
+                "stop" if sampled.stopped[row] else "length",
+            )
+            for row in rows
+        ])  # fmt: skip
+    counts = {"tokens": int(sampled.lengths.sum()), "steps": int(sampled.steps), "fallbacks": int(sampled.fallbacks)}
+    return out, counts

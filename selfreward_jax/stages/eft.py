@@ -1,0 +1,120 @@
+"""Judge training data (paper section 3.1.1, EFT seed data): from a file of examples, or built by the SFT baseline."""
+
+from __future__ import annotations
+
+from collections import Counter
+from fractions import Fraction
+from typing import Any
+
+from selfreward_jax.data.records import Example, Judgment, RankedSet
+from selfreward_jax.data.seeds import judge_rows
+from selfreward_jax.errors import UserError
+from selfreward_jax.evaluation import judge
+from selfreward_jax.judging import templates
+from selfreward_jax.judging.agreement import agrees, thin_most_common
+from selfreward_jax.judging.scores import mean_score
+from selfreward_jax.observe.progress import say
+from selfreward_jax.run import Run, fits, params_of, read_ours, sample_parts, sampling, write_records
+
+
+def from_file(run: Run) -> dict[str, Any]:
+    """EFT from judge examples: the target is the justification, then the score line."""
+    template = templates.load(run.config.judge.template, run.config.judge.low, run.config.judge.high)
+    rows = judge_rows(run.config.eft.file, template.low, template.high)
+    rows = [row for row in rows if row["split"] == "train"]
+    examples = [
+        Example(
+            str(row["id"]), templates.render(template, row["instruction"], row["response"]),
+            f"{row['justification']}\nScore: {row['score']}", "judge examples",
+        )
+        for row in rows
+    ]  # fmt: skip
+    if not examples:
+        raise UserError(f"--config.eft.file={run.config.eft.file}: no example with split 'train'")
+    write_records(run.root / "m1" / "eft_train.jsonl", examples)
+    scores = Counter(str(row["score"]) for row in rows)
+    say(f"[m1/eft] {len(examples)} judge examples; scores {dict(sorted(scores.items()))}")
+    return {"examples": len(examples), "scores": dict(sorted(scores.items()))}
+
+
+def build(run: Run) -> dict[str, Any]:
+    """EFT from ranked replies: the SFT baseline judges each; a set whose scores agree with the humans is accepted.
+
+    The paper does not say how many judgments a reply gets: `eft.k`, 1 by default. With more, scores are averaged and
+    the target is the judgment nearest the mean, the lowest index on ties.
+
+    Raises:
+        UserError: with the yield table, if nothing was accepted.
+    """
+    config = run.config
+    template = templates.load(config.judge.template, config.judge.low, config.judge.high)
+    sets = read_ours(run.root / "seed" / "eft_train_sets.jsonl", RankedSet)
+    how = sampling(run, config.judge)
+    items, requests, yields = [], [], Counter[str]()
+    for ranked in sets:
+        made = [
+            judge.request(run.chat, template, ranked.prompt, reply, len(requests) + i, config.eft.k)
+            for i, reply in enumerate(ranked.replies)
+        ]
+        if all(fits(run, request.ids, how.max_new_tokens) for request in made):
+            items += [(ranked, index) for index in range(len(made))]
+            requests += made
+        else:
+            yields["longer than the context"] += 1
+
+    def record(index: int, completions: list[Any]) -> list[Judgment]:
+        ranked, reply = items[index]
+        return judge.judgments(run.chat, template, ranked.id, reply, completions)
+
+    files = sample_parts(
+        run, params_of(run, "sft"), how, requests, "m1/eft", run.root / "m1" / "eft_judgments", "judgments", record
+    )
+    by_reply: dict[tuple[str, int], list[Judgment]] = {}
+    for file in files:
+        for judgment in read_ours(file, Judgment):
+            by_reply.setdefault((judgment.prompt_id, judgment.response_index), []).append(judgment)
+    chosen: list[tuple[Example, int]] = []
+    for ranked in sets:
+        votes = [by_reply.get((ranked.id, index), []) for index in range(len(ranked.replies))]
+        if not all(votes):
+            continue
+        means = [mean_score([judge.score_of(vote) for vote in some]) for some in votes]
+        if any(mean is None for mean in means):
+            yields["no score for a reply"] += 1
+        elif not agrees(means, ranked.ranks):
+            yields["scores disagree with the human ranking"] += 1
+        else:
+            yields["accepted"] += 1
+            for index, (some, mean) in enumerate(zip(votes, means, strict=True)):
+                vote, score = _nearest(some, mean or Fraction(0))
+                prompt = templates.render(template, ranked.prompt, ranked.replies[index])
+                chosen.append((Example(f"{ranked.id}/{index}", prompt, vote.text, "built"), int(score)))
+    if not chosen:
+        table = ", ".join(f"{reason}: {count}" for reason, count in sorted(yields.items()))
+        raise UserError(
+            f"m1/eft: none of {len(sets)} ranked sets gave judge examples ({table});"
+            " use --config.eft.source=file, or more --config.eft.train_sets"
+        )
+    thinned = thin_most_common([score for _, score in chosen], config.eft.max_share, config.seed)
+    examples = [chosen[index][0] for index in thinned.kept]
+    if not examples:
+        raise UserError(
+            f"m1/eft: all {len(chosen)} accepted judgments have the same score ({thinned.before}), so thinning to"
+            f" --config.eft.max_share={config.eft.max_share} leaves none; use --config.eft.source=file"
+        )
+    write_records(run.root / "m1" / "eft_train.jsonl", examples)
+    say(f"[m1/eft] sets {dict(yields)}; scores before {thinned.before} and after thinning {thinned.after}")
+    return {
+        "examples": len(examples), "sets": dict(yields), "scores_before": thinned.before, "scores": thinned.after,
+    }  # fmt: skip
+
+
+def _nearest(votes: list[Judgment], mean: Fraction) -> tuple[Judgment, Fraction]:
+    scored = [(vote, judge.score_of(vote)) for vote in votes]
+    present = [(vote, score) for vote, score in scored if score is not None]
+    return min(present, key=lambda pair: (abs(pair[1] - mean), pair[0].sample))
+
+
+def make(run: Run) -> dict[str, Any]:
+    """Writes `m1/eft_train.jsonl`."""
+    return from_file(run) if run.config.eft.source == "file" else build(run)

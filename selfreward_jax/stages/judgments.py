@@ -1,0 +1,57 @@
+"""Judgments (paper section 2.2, step 3): the model that wrote the responses scores each, K times."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from selfreward_jax.data.records import Judgment, Prompt, Response, read_records
+from selfreward_jax.errors import UserError
+from selfreward_jax.evaluation import judge
+from selfreward_jax.judging import templates
+from selfreward_jax.observe.progress import say
+from selfreward_jax.run import Run, fits, params_of, read_ours, sample_parts, sampling
+from selfreward_jax.sampling.engine import Completion
+
+
+def make(run: Run, model: str, before: str) -> dict[str, Any]:
+    """Writes `MODEL/judgments/part-*.jsonl`, sampled from `before`.
+
+    Raises:
+        UserError: if no response leaves room for a judgment.
+    """
+    config = run.config.judge
+    template = templates.load(config.template, config.low, config.high)
+    texts = {prompt.id: prompt.text for prompt in read_records(run.root / model / "prompts.jsonl", Prompt)}
+    how = sampling(run, config)
+    responses: list[Response] = [
+        response
+        for file in sorted((run.root / model / "responses").iterdir(), key=lambda path: path.name)
+        for response in read_ours(file, Response)
+    ]
+    items, requests, too_long = [], [], 0
+    for response in responses:
+        made = judge.request(run.chat, template, texts[response.prompt_id], response.text, len(items), config.k)
+        if fits(run, made.ids, config.max_new_tokens):
+            items.append(response)
+            requests.append(made)
+        else:
+            too_long += 1
+    if not requests:
+        raise UserError(f"[{model}/judgments] no response leaves room for a judgment in the context of {run.source.config.context} tokens; lower --config.responses.max_new_tokens")
+
+    def record(index: int, completions: list[Completion]) -> list[Judgment]:
+        return judge.judgments(run.chat, template, items[index].prompt_id, items[index].index, completions)
+
+    files = sample_parts(
+        run, params_of(run, before), how, requests, f"{model}/judgments", run.root / model / "judgments",
+        "judgments", record,
+    )  # fmt: skip
+    judgments = [judgment for file in files for judgment in read_ours(file, Judgment)]
+    scores = Counter(judgment.score for judgment in judgments if judgment.score is not None)
+    parsed = sum(scores.values())
+    histogram = dict(sorted(scores.items()))
+    say(f"[{model}/judgments] {len(judgments)} judgments by {before.upper()}: {parsed / len(judgments):.1%} gave a score; scores {histogram}")
+    return {
+        "judgments": len(judgments), "parsed": parsed, "scores": histogram, "drops": {"longer than the context": too_long},
+    }  # fmt: skip

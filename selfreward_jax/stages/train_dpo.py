@@ -1,0 +1,98 @@
+"""DPO (paper sections 2.3 and 3.1.3): M(t+1) starts from M(t), against frozen M(t), on AIFT(M(t)) only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from selfreward_jax.data import batches
+from selfreward_jax.data.records import Pair, read_records
+from selfreward_jax.errors import UserError
+from selfreward_jax.model import llama
+from selfreward_jax.observe.progress import say
+from selfreward_jax.run import Run, abstract_params, compute, pair_rows, params_of, plan, take_params
+from selfreward_jax.training import checkpoint, step, trainer
+
+# Largest |margin| before the first update, nats, by compute dtype: policy and reference are the same weights.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
+
+
+def _cached(run: Run, model: str, pairs: Sequence[Pair]) -> list[trainer.PairRow]:
+    """Pairs with the summed reference log-probs from disk; every pair must be there, token for token."""
+    path = run.root / model / "reference.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    items = []
+    for index, pair in enumerate(pairs):
+        line = lines[index] if index < len(lines) else {}
+        same = line.get("prompt_id") == pair.prompt_id
+        if not same or len(line["chosen"]) != len(pair.chosen_ids) or len(line["rejected"]) != len(pair.rejected_ids):
+            raise UserError(f"{path}:{index + 1}: not the log-probs of pair {pair.prompt_id}; delete it to redo the stage")
+        sums = [float(np.sum(np.asarray(line[name], np.float32), dtype=np.float32)) for name in ("chosen", "rejected")]
+        items.append(trainer.PairRow(*pair_rows(run, pair), *sums))
+    return items
+
+
+def _collate_live(
+    run: Run, frozen: llama.Params, items: Sequence[trainer.PairRow], how: trainer.Plan, mesh: jax.sharding.Mesh
+) -> step.PairBatch:
+    """A microbatch whose reference log-probs come from the frozen model beside the policy."""
+    batch = trainer.collate_pairs(items, how, mesh)
+    logps = step.logprob_pass(run.source.config, compute(run.config), how.chunk, frozen, batch.rows)
+    return batch._replace(reference=jnp.sum(logps, axis=-1))
+
+
+def _check_start(run: Run, model: str, how: trainer.Plan, params: llama.Params, items: Sequence[Any], collate: Any) -> float:
+    """The largest |margin| of the first batch through the step's own log-prob function, without dropout.
+
+    Raises:
+        UserError: if it is not zero up to rounding: the reference is not the log-probs of this model on these pairs.
+    """
+    first = [items[i] for i in batches.batch_indices(len(items), how.epochs, how.seed, how.batch, 0)]
+    worst = 0.0
+    for members in batches.microbatches([max(len(r.tokens) for r in item.rows) for item in first], how.microbatch):
+        batch = collate([first[i] for i in members], how, run.mesh)
+        logps = step.logprob_pass(run.source.config, compute(run.config), how.chunk, params, batch.rows)
+        chosen, rejected = step.split_pairs(jnp.sum(logps, axis=-1) - batch.reference)
+        margins = jax.device_get((chosen - rejected) * batch.weights)
+        worst = max(worst, float(np.max(np.abs(margins))))
+    limit = TOLERANCE[run.config.model.compute_dtype]
+    if worst >= limit:
+        raise UserError(
+            f"[{model}/train] before the first update the margin is {worst:.3g}, not below {limit:g}: the reference"
+            f" log-probs are not those of these weights; delete {run.root / model / 'stages' / 'reference.json'}"
+        )
+    say(f"[{model}/train] largest margin before the first update {worst:.2g} (limit {limit:g})")
+    return worst
+
+
+def make(run: Run, model: str, before: str) -> dict[str, Any]:
+    """Trains `model` from `before`'s parameters at training precision; writes `MODEL/params/`."""
+    config = run.config
+    pairs = read_records(run.root / model / "pairs.jsonl", Pair)
+    how = plan(run, config.dpo, len(pairs))
+    if config.dpo.reference == "live":
+        frozen = checkpoint.load_params(run.root / before / "params", abstract_params(run))
+        items = [trainer.PairRow(*pair_rows(run, pair), 0.0, 0.0) for pair in pairs]
+        collate: Any = partial(_collate_live, run, frozen)
+    else:
+        items = _cached(run, model, pairs)
+        collate = trainer.collate_pairs
+    margin = _check_start(run, model, how, params_of(run, before), items, collate)
+    objective = _objective(config.dpo.beta)
+    params, summary = trainer.train(
+        f"{model}/train", run.source.config, compute(config), how, run.mesh, take_params(run, before), items, collate,
+        objective, run.root / model,
+    )  # fmt: skip
+    checkpoint.save_params(run.root / model / "params", params)
+    run.held = (model, params)
+    return {"pairs": len(pairs), "margin_before": margin, **summary}
+
+
+def _objective(beta: float) -> step.Objective:
+    return partial(step.dpo_objective, beta=beta)

@@ -1,0 +1,211 @@
+"""A run's folder: atomic files, the record of finished stages, and the lock. Local or gs:// (etils.epath).
+
+A stage is done when its `stages/NAME.json` exists, was made from the inputs that are there now, and its outputs are
+there as it left them. What a half-finished stage wrote is kept only if it was begun with the same settings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from selfreward_jax.errors import UserError
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Writes a file whole or not at all: a temporary name in the same folder, then a rename.
+
+    Raises:
+        UserError: if the disk is full or the folder can't be written; nothing is left under the final name.
+    """
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the error that matters is the first
+            temporary.unlink(missing_ok=True)
+        raise disk_error(path, error) from error
+
+
+def disk_error(path: object, error: OSError) -> UserError:
+    """The line for a write that failed; what was written before stays, and the run continues from it."""
+    return UserError(f"{path}: {error.strerror or error}; make room or mend it, then start again to go on from here")
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """`write_text` of indented JSON."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def read_json(path: epath.Path) -> Any:
+    """Reads a JSON file that the program wrote.
+
+    Raises:
+        UserError: if it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON on line {error.lineno}; delete it to have its stage done again") from error
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value, keys sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
+
+
+def manifest(path: epath.Path) -> str:
+    """Identity of a file (its bytes) or a folder (names and sizes of all its files; parameters are big)."""
+    if path.is_dir():
+        return digest(sorted((str(file.relative_to(path)), file.stat().length) for file in _files(path)))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _entry(root: epath.Path, paths: Iterable[epath.Path]) -> dict[str, str]:
+    return {str(path.relative_to(root)): manifest(path) for path in paths}
+
+
+def record_path(root: epath.Path, stage: str) -> epath.Path:
+    """Where "m2/responses" keeps its record: `m2/stages/responses.json`."""
+    model, name = stage.split("/")
+    return root / model / "stages" / f"{name}.json"
+
+
+def is_done(root: epath.Path, stage: str) -> bool:
+    """Whether the stage's record matches the inputs and outputs that are there."""
+    path = record_path(root, stage)
+    if not path.exists():
+        return False
+    record = read_json(path)
+    for name, identity in (record["inputs"] | record["outputs"]).items():
+        if not (root / name).exists() or manifest(root / name) != identity:
+            return False
+    return True
+
+
+def begin(root: epath.Path, stage: str, settings: Mapping[str, Any], inputs: Iterable[epath.Path], partial: Iterable[epath.Path]) -> None:
+    """Notes that a stage begins; what an earlier start of it left is kept if settings and inputs are the same.
+
+    Args:
+        settings: config fields that the stage depends on.
+        inputs: files that it reads.
+        partial: files and folders of the stage that a resume would continue; deleted if they are of another start.
+    """
+    mark = record_path(root, stage).with_suffix(".begun.json")
+    identity = digest([dict(settings), _entry(root, inputs)])
+    record_path(root, stage).unlink(missing_ok=True)
+    if mark.exists() and read_json(mark)["identity"] == identity:
+        return
+    for path in partial:
+        if path.is_dir():
+            path.rmtree()
+        else:
+            path.unlink(missing_ok=True)
+    write_json(mark, {"identity": identity})
+
+
+def finish(
+    root: epath.Path, stage: str, inputs: Iterable[epath.Path], outputs: Iterable[epath.Path], seconds: float,
+    facts: Mapping[str, Any],
+) -> None:
+    """Writes the stage's record, last of all.
+
+    Args:
+        facts: counts, drops by reason and figures, for the closing line and the report.
+    """
+    path = record_path(root, stage)
+    before = 0.0
+    mark = path.with_suffix(".begun.json")
+    if mark.exists():
+        before = float(read_json(mark).get("seconds", 0.0))
+    record = {
+        "stage": stage, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": round(before + seconds, 3),
+        "facts": dict(facts), "inputs": _entry(root, inputs), "outputs": _entry(root, outputs),
+    }  # fmt: skip
+    write_json(path, record)
+    mark.unlink(missing_ok=True)
+
+
+def facts(root: epath.Path, stage: str) -> dict[str, Any]:
+    """The facts of a finished stage, with its seconds; {} if it has no record."""
+    path = record_path(root, stage)
+    if not path.exists():
+        return {}
+    record = read_json(path)
+    return record["facts"] | {"seconds": record["seconds"]}
+
+
+def parts(directory: epath.Path, count: int) -> list[epath.Path]:
+    """Names of the parts of a long output: `part-00003-of-00040.jsonl`."""
+    return [directory / f"part-{index:05d}-of-{count:05d}.jsonl" for index in range(count)]
+
+
+@contextlib.contextmanager
+def locked(root: epath.Path) -> Iterator[None]:
+    """Holds the run's lock while the process lives (the system frees it when the process dies).
+
+    Raises:
+        UserError: if another living process holds it, or the folder can't be written.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if "://" in str(root):  # object stores have no locks that die with a process
+            yield
+            return
+        import fcntl  # POSIX only; imported here so that reading a workdir works elsewhere
+
+        with open(os.fspath(root / ".lock"), "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                owner = file.read().strip() or "?"
+                raise UserError(f"--workdir={root}: process {owner} is working here; wait for it or stop it") from error
+            file.seek(0)
+            file.truncate()
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+    except OSError as error:
+        raise disk_error(root, error) from error
+
+
+def check_config(root: epath.Path, resolved: Mapping[str, Any], free: set[str], override: bool) -> None:
+    """Compares the run's config with the one that the folder was begun with, and notes it.
+
+    Args:
+        resolved: all fields by dotted name.
+        free: fields that may change, since they don't change what a stage makes.
+        override: `--resume=override`: go on with the new values; finished stages stay.
+
+    Raises:
+        UserError: a line for each field that changed.
+    """
+    path = root / "config.json"
+    if path.exists() and not override:
+        before = read_json(path)
+        lines = [
+            f"--config.{name}={resolved.get(name)!r}: this run was begun with {before.get(name)!r}"
+            for name in sorted(set(before) | set(resolved))
+            if name not in free and before.get(name) != resolved.get(name)
+        ]
+        if lines:
+            raise UserError(*lines, f"--workdir={root}: take another folder, or add --resume=override to go on here")
+    write_json(path, dict(resolved))
