@@ -38,6 +38,7 @@ setup(
         "etils[epath]",
         "gguf>=0.17",
         "safetensors>=0.6",
+        "huggingface_hub",
         "rich>=13",
         "scipy",
         "jinja2",

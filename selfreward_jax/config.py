@@ -33,6 +33,7 @@ class ModelConfig:
     export_dtype: str = _f("bfloat16", "float32 or bfloat16, of the Hugging Face export", _OURS + "Llama 2's own", free=True)
     unroll: int = _f(1, "layers a scan step while training and prefilling", _OURS + "compile time", free=True)
     decode_unroll: int = _f(1, "layers a scan step while decoding; all of them is faster on a CPU", _OURS + "measured", free=True)
+    attention: str = _f("auto", "plain, mapped (faster on a CPU) or auto", _OURS + "measured, see model/attention.py", free=True)
     remat: str = _f("full", "none, dots or full: what the backward pass recomputes", _OURS + "memory of 70B", free=True)
 
 
@@ -216,6 +217,7 @@ def _contradictions(c: Config) -> list[str]:
     for name, value in (("param_dtype", c.model.param_dtype), ("compute_dtype", c.model.compute_dtype), ("export_dtype", c.model.export_dtype)):
         need(value in ("float32", "bfloat16"), f"model.{name}={value}: float32 or bfloat16")
     need(c.model.param_dtype == "float32", "model.param_dtype=bfloat16: at lr 1e-6 plain rounding leaves 98 % of bf16 weights unchanged; use float32")
+    need(c.model.attention in ("auto", "plain", "mapped"), f"model.attention={c.model.attention}: auto, plain or mapped")
     need(c.model.remat in ("none", "dots", "full"), f"model.remat={c.model.remat}: none, dots or full")
     need(c.model.unroll >= 1 and c.model.decode_unroll >= 1, "model.unroll, model.decode_unroll: at least 1")
     for name, part in (("sft", c.sft), ("dpo", c.dpo)):

@@ -31,13 +31,14 @@ def llama2_7b() -> Config:
 def demo() -> Config:
     """SmolLM2-135M-Instruct on a laptop CPU, from nothing to M3 in under 20 minutes on 2 cores."""
     sft = {
-        "lr": 5e-5, "lr_end": 1e-5, "batch": 8, "microbatch": 2, "checkpoint_every": 5, "keep": 1,
+        # Dropout 0.1 on 60 residual branches takes this small model's loss from 2.38 to 5.04 nats: it unlearns.
+        "lr": 5e-5, "lr_end": 1e-5, "batch": 8, "microbatch": 2, "dropout": 0.0, "checkpoint_every": 5, "keep": 1,
     }  # fmt: skip
     return _with(
         Config(),
         model={
             "source": "demo", "chat_template": "own", "parameters": 134_515_008, "compute_dtype": "float32",
-            "export_dtype": "bfloat16",
+            "export_dtype": "bfloat16", "remat": "dots",
         },
         data={"oasst": "seed", "ift_examples": 40, "max_prompt_tokens": 192, "max_length": 576},
         sft=sft,
@@ -47,8 +48,10 @@ def demo() -> Config:
         },
         responses={"max_new_tokens": 96},
         judge={"max_new_tokens": 64},
-        dpo={"lr": 5e-6, "lr_end": 5e-7, "batch": 4, "microbatch": 2, "checkpoint_every": 0, "keep": 1},
-        check={"prompts": 16},
+        dpo={
+            "lr": 5e-6, "lr_end": 5e-7, "batch": 4, "microbatch": 2, "dropout": 0.0, "checkpoint_every": 0, "keep": 1,
+        },
+        check={"prompts": 16, "k": 1},
         engine={"rows": 48, "pad_targets": 32, "chunk": 128},
     )  # fmt: skip
 
@@ -70,15 +73,15 @@ def tiny() -> Config:
     return _with(
         demo(),
         model={"source": "random:tiny", "parameters": 0, "export_dtype": "float32"},
-        data={"ift_examples": 32, "max_prompt_tokens": 256, "max_length": 900},
-        sft={"lr": 3e-3, "lr_end": 3e-4, "batch": 16, "microbatch": 16, "epochs": 12, "checkpoint_every": 10},
+        data={"ift_examples": 16, "max_prompt_tokens": 256, "max_length": 900},
+        sft={"lr": 3e-3, "lr_end": 3e-4, "batch": 4, "microbatch": 4, "epochs": 4, "checkpoint_every": 20},
         eft={"eval_sets": 2},
         prompts={"per_iteration": 8, "requests": 4, "max_rounds": 2, "max_new_tokens": 48},
         responses={"max_new_tokens": 32},
         judge={"max_new_tokens": 48},
         dpo={"lr": 1e-3, "lr_end": 1e-4, "checkpoint_every": 1},
         check={"prompts": 4},
-        engine={"rows": 32},
+        engine={"rows": 32, "pad": 256},
     )
 
 

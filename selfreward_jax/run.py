@@ -43,7 +43,15 @@ class Run:
 
 def compute(config: Config) -> llama.Compute:
     """How the model runs while training and prefilling."""
-    return llama.Compute(config.model.compute_dtype, config.model.unroll, config.model.remat)
+    form = attention_form(config.model.attention)
+    return llama.Compute(config.model.compute_dtype, config.model.unroll, config.model.remat, form)
+
+
+def attention_form(choice: str) -> str:
+    """The form of attention for this host: `auto` is "mapped" on a CPU and "plain" elsewhere."""
+    if choice != "auto":
+        return choice
+    return "mapped" if jax.default_backend() == "cpu" else "plain"
 
 
 def abstract_params(run: Run) -> llama.Params:

@@ -162,6 +162,10 @@ def from_hf(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
     window = int(raw.get("sliding_window") or 0)
     if family == "qwen2" and not raw.get("use_sliding_window", False):
         window = 0
+    # transformers reads these in other families only: to honour them here would give other numbers than it does.
+    for name in ("sliding_window",) if family == "llama" else ("attention_bias", "mlp_bias"):
+        if raw.get(name):
+            problems.append(f"{name}={raw[name]!r}: means nothing for a {family} model; remove it")
     kinds = set(raw.get("layer_types") or ())
     if kinds == {"full_attention"}:
         window = 0

@@ -31,12 +31,14 @@ class Compute:
     Attributes:
         dtype: of activations and of the weights while they are used, "float32" or "bfloat16".
         unroll: layers a step of the scan; the number of layers unrolls it wholly (16 % faster decoding on a CPU).
+        attention: "plain" or "mapped", see `attention.attend`.
         remat: what the backward pass keeps: "none" keeps all, "full" recomputes each layer, "dots" keeps matmuls.
     """
 
     dtype: str = "float32"
     unroll: int = 1
     remat: str = "full"
+    attention: str = "plain"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +273,7 @@ def hidden_states(
     """
 
     def read(index: jax.Array, carry: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None, None]:
-        return attend(q, positions, (Keys(k, v, positions),), config.sliding_window), None, None
+        return attend(q, positions, (Keys(k, v, positions),), config.sliding_window, compute.attention), None, None
 
     x = _embed(config, compute, params, tokens)
     return _run_layers(config, compute, params, x, positions, read, None, dropout)[0]
@@ -294,7 +296,7 @@ def prefill(
 
     def read(index: jax.Array, carry: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None, Any]:
         blocks = (*_layer(prefix, index), Keys(k, v, positions))
-        return attend(q, positions, blocks, config.sliding_window), None, (k, v)
+        return attend(q, positions, blocks, config.sliding_window, compute.attention), None, (k, v)
 
     x = _embed(config, compute, params, tokens)
     x, _, (k, v) = _run_layers(config, compute, params, x, positions, read, None, None)
@@ -328,7 +330,9 @@ def decode_step(
         all_k = jax.lax.dynamic_update_slice(all_k, k[None].astype(all_k.dtype), start)
         all_v = jax.lax.dynamic_update_slice(all_v, v[None].astype(all_v.dtype), start)
         here = Keys(all_k[index], all_v[index], key_positions)
-        return attend(q, positions[:, None], (*_layer(prefix, index), here), config.sliding_window), (all_k, all_v), None
+        blocks = (*_layer(prefix, index), here)
+        out = attend(q, positions[:, None], blocks, config.sliding_window, compute.attention)
+        return out, (all_k, all_v), None
 
     x = _embed(config, compute, params, tokens[:, None])
     x, (k, v), _ = _run_layers(config, compute, params, x, positions[:, None], read, (own.k, own.v), None)

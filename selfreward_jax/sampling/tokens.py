@@ -70,8 +70,7 @@ def _choose_local(
     scaled = logits / sampling.temperature
     scaled_total = jax.nn.logsumexp(scaled, axis=-1, keepdims=True)
 
-    def invert(width: int) -> tuple[jax.Array, jax.Array]:
-        top, ids = jax.lax.top_k(scaled, width)
+    def invert(top: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         mass = jnp.exp(top - scaled_total)
         before = jnp.cumsum(mass, axis=-1) - mass
         kept = jnp.where(before < sampling.top_p, mass, 0.0)
@@ -82,11 +81,11 @@ def _choose_local(
         rows = jnp.arange(place.shape[0])
         return ids[rows, place].astype(jnp.int32), top[rows, place] * sampling.temperature
 
-    width = min(sampling.window, logits.shape[-1])
-    if width == logits.shape[-1]:
-        token, logit = invert(width)
+    vocabulary = logits.shape[-1]
+    window = jax.lax.top_k(scaled, min(sampling.window, vocabulary))
+    if sampling.window >= vocabulary:
+        token, logit = invert(*window)
         return token, logit - total, never
-    windowed = jnp.sum(jnp.exp(jax.lax.top_k(scaled, width)[0] - scaled_total), axis=-1)
-    exact = jnp.all(windowed >= sampling.top_p)
-    token, logit = jax.lax.cond(exact, lambda: invert(width), lambda: invert(logits.shape[-1]))
+    exact = jnp.all(jnp.sum(jnp.exp(window[0] - scaled_total), axis=-1) >= sampling.top_p)
+    token, logit = jax.lax.cond(exact, lambda: invert(*window), lambda: invert(*jax.lax.top_k(scaled, vocabulary)))
     return token, logit - total, never | ~exact

@@ -6,6 +6,7 @@ optimizer state) and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -148,7 +149,11 @@ def train(
         history.append(row)
         return " ".join(f"{key} {row[key]:.3g}" for key in ("loss", "accuracy", "margin", "tokens_per_s") if key in row)
 
-    with progress(name, total_steps, "updates", done=first) as advance:
+    note = ""
+    with contextlib.ExitStack() as closing, progress(name, total_steps, "updates", done=first) as advance:
+        closing.callback(close)
+        if checkpoints:
+            closing.callback(checkpoints.close)  # waits for a save that has begun, also when an update failed
         for number in range(first, total_steps):
             began = time.monotonic()
             indices = batches.batch_indices(len(items), plan.epochs, plan.seed, plan.batch, number)
@@ -163,7 +168,7 @@ def train(
                 )  # fmt: skip
                 parts.append(measured)
             params, state, total, norm = step.apply_gradient(plan.optimizer, params, state, total)
-            note = report()
+            note = report() or note
             pending = (number, began, sum(len(row.tokens) for item in chosen for row in item.rows), parts, norm)
             if checkpoints and (number + 1) % plan.checkpoint_every == 0 and number + 1 < total_steps:
                 note = report() or note  # a state is saved only after its loss is known to be finite
@@ -173,9 +178,6 @@ def train(
                     break
             advance(1, note)
         report()
-    close()
-    if checkpoints:
-        checkpoints.close()
     rows = metric_files.read(directory / "metrics")
     last = rows[-max(1, batches.updates(len(items), 1, plan.batch)) :]
     summary = {"updates": float(len(rows))}

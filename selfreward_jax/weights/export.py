@@ -97,7 +97,7 @@ def _scratch(target: epath.Path, writer: bool) -> Iterator[epath.Path]:
     """A folder that becomes the target when the block ends well, and vanishes when it does not."""
     if not writer:
         yield target
-    elif "://" in os.fspath(target):
+    elif safetensors_io.is_remote(target):
         with tempfile.TemporaryDirectory(prefix="selfreward_export_") as local:
             yield epath.Path(local)
             target.mkdir(parents=True, exist_ok=True)

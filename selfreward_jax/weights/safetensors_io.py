@@ -72,7 +72,7 @@ def _opened(directory: epath.PathLike) -> Iterator[dict[str, Any]]:
     names, problems, tensors = weight_files(folder), [], {}
     with contextlib.ExitStack() as stack:
         local = folder
-        if _is_remote(folder):
+        if is_remote(folder):
             local = epath.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="selfreward_weights_")))
             _copy(folder, names, local)
         for name in names:
@@ -86,7 +86,8 @@ def _opened(directory: epath.PathLike) -> Iterator[dict[str, Any]]:
         yield tensors
 
 
-def _is_remote(folder: epath.Path) -> bool:
+def is_remote(folder: epath.Path) -> bool:
+    """Whether a path lies on an object store (gs://, s3://): no memory maps, no renames."""
     return "://" in os.fspath(folder)
 
 
@@ -238,7 +239,7 @@ def _host(array: jax.Array, layer: int | None) -> np.ndarray:
 
 
 def _write(folder: epath.Path, name: str, tensors: dict[str, np.ndarray]) -> None:
-    if not _is_remote(folder):
+    if not is_remote(folder):
         scratch = folder / f".{name}.tmp"
         try:
             save_file(tensors, os.fspath(scratch), metadata={"format": "pt"})

@@ -201,7 +201,7 @@ def _licence(card: epath.Path) -> str:
     if not card.exists():
         return "unknown"
     front = re.match(r"---\n(.*?)\n---", card.read_text(), flags=re.DOTALL)
-    found = re.search(r"^license: *([\w.-]+)", front[1], flags=re.MULTILINE) if front else None
+    found = re.search(r"^license: *[\"']?([\w.-]+)", front[1], flags=re.MULTILINE) if front else None
     return found[1] if found else "unknown"
 
 
@@ -213,7 +213,7 @@ def _tokenizer(place: str) -> PreTrainedTokenizerFast:
         local = os.fspath(folder)
         if not folder.is_dir():
             local = os.fspath(fetch.hub(place, weights=False))
-        elif "://" in local:
+        elif safetensors_io.is_remote(folder):
             for name in _DESCRIPTION:
                 if (folder / name).exists():
                     (folder / name).copy(epath.Path(scratch) / name)

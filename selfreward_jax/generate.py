@@ -1,0 +1,77 @@
+"""Samples from a model: a file of prompts to a file of answers, or one prompt to the terminal.
+
+    python -m selfreward_jax.generate --model=demo --prompt "Why is the sky blue?"
+    python -m selfreward_jax.generate --model=runs/m3-demo/m3/model --prompts=questions.jsonl --out=answers.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from selfreward_jax.errors import UserError
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m selfreward_jax.generate", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--model", required=True, help="demo, random:tiny, a gguf file, a Hugging Face folder or a hub name")
+    parser.add_argument("--prompt", default="", help="one prompt; the answers are printed")
+    parser.add_argument("--prompts", default="", help="jsonl file with a field prompt (and an optional id)")
+    parser.add_argument("--out", default="", help="jsonl file of answers")
+    parser.add_argument("--samples", type=int, default=1, help="answers a prompt")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    parser.add_argument("--top_p", type=float, default=0.9)
+    parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", type=int, default=32, help="answers that are decoded together")
+    parser.add_argument("--chat_template", default="own", help="own, llama2, chatml or a Jinja file")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights and the computation")
+    return parser.parse_args()
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    problems = []
+    if bool(arguments.prompt) == bool(arguments.prompts):
+        problems.append("give either --prompt or --prompts")
+    if arguments.prompts and not arguments.out:
+        problems.append("--prompts needs --out")
+    for name in ("samples", "max_new_tokens", "rows"):
+        if getattr(arguments, name) < 1:
+            problems.append(f"--{name}={getattr(arguments, name)}: at least 1")
+    if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
+        problems.append("--temperature is not negative and --top_p is in (0, 1]")
+    if problems:
+        raise UserError(*problems)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    _check(arguments)
+    from selfreward_jax.data.seeds import prompt_texts
+    from selfreward_jax.interactive import answer  # jax starts here: not before the arguments are right
+
+    prompts = [("prompt", arguments.prompt)] if arguments.prompt else prompt_texts(arguments.prompts, "")
+    rows: list[dict[str, Any]] = []
+    for row in answer(arguments, prompts):
+        rows.append(row)
+        if arguments.prompt:
+            print(row["text"])
+    if arguments.out:
+        from etils import epath
+
+        from selfreward_jax.workdir import write_text
+
+        write_text(epath.Path(arguments.out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def main() -> int:
+    """Returns the exit code: 0, or 2 for a user's mistake."""
+    from selfreward_jax.cli import exit_code
+
+    arguments = _arguments()
+    return exit_code(lambda: _run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

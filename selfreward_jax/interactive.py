@@ -1,0 +1,59 @@
+"""Answers to prompts by any model, outside a run: what `generate` calls."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from selfreward_jax.data.chat import decode, encode_prompt, load_chat
+from selfreward_jax.launch import use_compilation_cache
+from selfreward_jax.model import llama
+from selfreward_jax.observe.progress import progress, say
+from selfreward_jax.run import attention_form
+from selfreward_jax.sampling import engine as engines
+from selfreward_jax.sampling.tokens import Sampling
+from selfreward_jax.sharding.mesh import make_mesh
+from selfreward_jax.weights.source import load_params, open_source
+
+
+def answer(arguments: argparse.Namespace, prompts: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """Samples answers to (id, text) prompts; a prompt that leaves no room in the context is skipped and counted.
+
+    Yields:
+        {id, prompt, index, text, token_ids, logprobs, finish_reason}, `samples` a prompt.
+    """
+    use_compilation_cache("")
+    source = open_source(arguments.model)
+    chat = load_chat(source.tokenizer, arguments.chat_template, source.eos_ids)
+    how = Sampling(arguments.temperature, arguments.top_p, arguments.max_new_tokens)
+    kept, requests = [], []
+    for number, (key, text) in enumerate(prompts):
+        ids = tuple(encode_prompt(chat, text))
+        if len(ids) + how.max_new_tokens <= source.config.context:
+            kept.append((key, text))
+            first = number * arguments.samples
+            requests.append(engines.Request(ids, tuple(range(first, first + arguments.samples))))
+    if len(kept) < len(prompts):
+        say(f"skipped {len(prompts) - len(kept)} of {len(prompts)} prompts: longer than the context of {source.config.context}")
+    mesh = make_mesh(1, -1, 1)
+    with jax.set_mesh(mesh):
+        params = load_params(source, mesh, arguments.dtype)
+        compute = llama.Compute(arguments.dtype, remat="none", attention=attention_form("auto"))
+        rows = max(arguments.samples, min(arguments.rows, len(requests) * arguments.samples))
+        engine = engines.Engine(
+            source.config, compute, compute, params, mesh, chat.stop_ids, chat.vocabulary, rows, pad=64
+        )
+        with progress("generate", len(requests) * arguments.samples, "answers") as advance:
+            width = engines.per_part(engine, arguments.samples)
+            for part, completions, _ in engines.run(engine, how, requests, arguments.seed, "generate"):
+                for place, some in enumerate(completions):
+                    key, text = kept[part * width + place]
+                    for index, one in enumerate(some):
+                        yield {
+                            "id": key, "prompt": text, "index": index, "text": decode(chat, one.ids),
+                            "token_ids": one.ids, "logprobs": one.logprobs, "finish_reason": one.finish_reason,
+                        }  # fmt: skip
+                advance(len(completions) * arguments.samples)
