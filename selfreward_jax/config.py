@@ -24,34 +24,60 @@ def _f(default: Any, doc: str, paper: str, free: bool = False) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    source: str = _f("meta-llama/Llama-2-70b-hf", "demo, random:tiny, a gguf file, a Hugging Face folder or a hub name", "3.1")
+    source: str = _f(
+        "meta-llama/Llama-2-70b-hf", "demo, random:tiny, a gguf file, a Hugging Face folder or a hub name", "3.1"
+    )
     tokenizer: str = _f("", "folder or hub name of a tokenizer; empty: the model's own", _OURS + "files of the user")
-    chat_template: str = _f("llama2", "own, llama2, chatml or a Jinja file", _OURS + "Llama 2's published chat format")
-    parameters: int = _f(0, "number of parameters, for the check before any download; 0: unknown", _OURS + "model card")
-    param_dtype: str = _f("float32", "float32 or bfloat16, of parameters while training", _OURS + "bf16 rounds lr 1e-6 away")
-    compute_dtype: str = _f("bfloat16", "float32 or bfloat16, of activations and used weights", _OURS + "TPU practice")
-    export_dtype: str = _f("bfloat16", "float32 or bfloat16, of the Hugging Face export", _OURS + "Llama 2's own", free=True)
+    chat_template: str = _f(
+        "llama2", "own, llama2, chatml or a Jinja file", _OURS + "Llama 2's published chat format"
+    )
+    parameters: int = _f(
+        0, "number of parameters, for the check before any download; 0: unknown", _OURS + "model card"
+    )
+    param_dtype: str = _f(
+        "float32", "float32 or bfloat16, of parameters while training", _OURS + "bf16 rounds lr 1e-6 away"
+    )
+    compute_dtype: str = _f(
+        "bfloat16", "float32 or bfloat16, of activations and used weights", _OURS + "TPU practice"
+    )
+    export_dtype: str = _f(
+        "bfloat16", "float32 or bfloat16, of the Hugging Face export", _OURS + "Llama 2's own", free=True
+    )
     unroll: int = _f(1, "layers a scan step while training and prefilling", _OURS + "compile time", free=True)
-    decode_unroll: int = _f(1, "layers a scan step while decoding; all of them is faster on a CPU", _OURS + "measured", free=True)
-    attention: str = _f("auto", "plain, mapped (faster on a CPU) or auto", _OURS + "measured, see model/attention.py", free=True)
-    remat: str = _f("full", "none, dots or full: what the backward pass recomputes", _OURS + "memory of 70B", free=True)
+    decode_unroll: int = _f(
+        1, "layers a scan step while decoding; all of them is faster on a CPU", _OURS + "measured", free=True
+    )
+    attention: str = _f(
+        "auto", "plain, mapped (faster on a CPU) or auto", _OURS + "measured, see model/attention.py", free=True
+    )
+    remat: str = _f(
+        "full", "none, dots or full: what the backward pass recomputes", _OURS + "memory of 70B", free=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     data: int = _f(1, "data-parallel replicas", _OURS + "one slice", free=True)
-    fsdp: int = _f(-1, "shards of parameters and rows; -1: the devices that are left", _OURS + "maxtext's 70B", free=True)
+    fsdp: int = _f(
+        -1, "shards of parameters and rows; -1: the devices that are left", _OURS + "maxtext's 70B", free=True
+    )
     tensor: int = _f(1, "shards of heads, ffn and vocabulary", _OURS + "one slice", free=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    oasst: str = _f("OpenAssistant/oasst1", "hub name, trees file, flat-row file, or seed (the packaged seed data)", "3.1.1")
+    oasst: str = _f(
+        "OpenAssistant/oasst1", "hub name, trees file, flat-row file, or seed (the packaged seed data)", "3.1.1"
+    )
     lang: str = _f("en", "language of the messages that are kept", "3.1.1")
     drop_synthetic: bool = _f(False, "leave out messages that a machine wrote", _OURS + "the release marks them")
     ift_examples: int = _f(3200, "first turns with a rank-0 reply for IFT; -1: all that are left", "3.1.1")
-    max_prompt_tokens: int = _f(1024, "longer prompts are dropped and counted", _OURS + "half of Llama 2's training length")
-    max_length: int = _f(2048, "tokens of prompt and target; longer examples are dropped, never cut", _OURS + "shared TPU budget")
+    max_prompt_tokens: int = _f(
+        1024, "longer prompts are dropped and counted", _OURS + "half of Llama 2's training length"
+    )
+    max_length: int = _f(
+        2048, "tokens of prompt and target; longer examples are dropped, never cut", _OURS + "shared TPU budget"
+    )
     validation: str = _f("", "jsonl file of prompts; empty: the packaged ones", "3.1.3 (its 253 are unpublished)")
 
 
@@ -78,24 +104,34 @@ class DpoConfig(TrainConfig):
     lr: float = _f(1e-6, "learning rate at the start", "3.1.3")
     lr_end: float = _f(1e-7, "learning rate at the end of the cosine", "3.1.3")
     beta: float = _f(0.1, "strength of the pull to the reference", "3.1.3")
-    reference: str = _f("cached", "cached (log-probs on disk) or live (the frozen model beside the policy)", _OURS + "memory")
+    reference: str = _f(
+        "cached", "cached (log-probs on disk) or live (the frozen model beside the policy)", _OURS + "memory"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class EftConfig:
     source: str = _f("build", "build (the SFT baseline judges ranked replies) or file (judge examples)", "3.1.1")
-    file: str = _f("seed", "jsonl of judge examples, or seed (the packaged ones); for source=file", _OURS + "for small models")
-    train_sets: int = _f(2000, "ranked prompts that EFT is built from; -1: all that are left", _OURS + "enough for 1,630")
+    file: str = _f(
+        "seed", "jsonl of judge examples, or seed (the packaged ones); for source=file", _OURS + "for small models"
+    )
+    train_sets: int = _f(
+        2000, "ranked prompts that EFT is built from; -1: all that are left", _OURS + "enough for 1,630"
+    )
     eval_sets: int = _f(190, "ranked prompts held out for judge accuracy", "3.1.1: 541 replies at 2.85 a prompt")
     k: int = _f(1, "judgments of each reply while building", _OURS + "the paper is silent")
-    max_share: float = _f(0.4, "largest share of the most common score after thinning", _OURS + "the paper says 'not too skewed'")
+    max_share: float = _f(
+        0.4, "largest share of the most common score after thinning", _OURS + "the paper says 'not too skewed'"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptsConfig:
     source: str = _f("self_instruct", "self_instruct, or a jsonl file of prompts", "3.1.3")
     model: str = _f("", "model that writes prompts, fixed in advance; empty: model.source", "3.1.3: Llama 2-Chat 70B")
-    per_iteration: int = _f(8000, "new prompts an iteration", _OURS + "3,964 and 6,942 pairs were left of its prompts")
+    per_iteration: int = _f(
+        8000, "new prompts an iteration", _OURS + "3,964 and 6,942 pairs were left of its prompts"
+    )
     seed_demonstrations: int = _f(6, "demonstrations from the IFT prompts", "3.1.3")
     generated_demonstrations: int = _f(2, "demonstrations from the pool", "3.1.3")
     temperature: float = _f(0.6, "sampling temperature", "3.1.3")
@@ -103,8 +139,12 @@ class PromptsConfig:
     max_new_tokens: int = _f(1024, "longest completion", _OURS + "Self-Instruct's code")
     requests: int = _f(64, "requests a round; the filters run between rounds", _OURS + "batch size")
     max_rounds: int = _f(400, "rounds before the pool is called dry", _OURS + "a bound on the cost")
-    top_up: str = _f("none", "none, or seed: unused seed prompts fill a short pool, counted as such", _OURS + "for small models")
-    normalise: str = _f("chat", "chat (keeps case and lines) or faithful (Self-Instruct's capitalize)", _OURS + "see filters.py")
+    top_up: str = _f(
+        "none", "none, or seed: unused seed prompts fill a short pool, counted as such", _OURS + "for small models"
+    )
+    normalise: str = _f(
+        "chat", "chat (keeps case and lines) or faithful (Self-Instruct's capitalize)", _OURS + "see filters.py"
+    )
     similarity: float = _f(0.7, "largest ROUGE-L F with any earlier prompt", "3.1.3, Wang et al. 2023")
 
 
@@ -136,11 +176,15 @@ class CheckConfig:
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
     rows: int = _f(64, "completions that are decoded together", _OURS + "memory")
-    window: int = _f(256, "most probable tokens looked at before the exact fallback", _OURS + "measured, see sampling/tokens.py")
+    window: int = _f(
+        256, "most probable tokens looked at before the exact fallback", _OURS + "measured, see sampling/tokens.py"
+    )
     pad: int = _f(64, "prompt lengths are padded to multiples of this", _OURS + "few compiled shapes")
     pad_targets: int = _f(64, "target lengths are padded to multiples of this", _OURS + "few compiled shapes")
     chunk: int = _f(256, "target tokens a row that meet the head at once", _OURS + "memory")
-    cache: str = _f("", "folder of compiled programs; empty: the user's cache folder", _OURS + "start-up time", free=True)
+    cache: str = _f(
+        "", "folder of compiled programs; empty: the user's cache folder", _OURS + "start-up time", free=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +229,9 @@ def from_config_dict(raw: ConfigDict) -> Config:
 def _build(cls: type, raw: dict[str, Any], where: str, problems: list[str]) -> Any:
     types = typing.get_type_hints(cls)
     known = {field.name: field for field in dataclasses.fields(cls)}
-    problems += [f"--{where}.{name}: no such field; known are {', '.join(known)}" for name in raw if name not in known]
+    problems += [
+        f"--{where}.{name}: no such field; known are {', '.join(known)}" for name in raw if name not in known
+    ]
     values: dict[str, Any] = {}
     for name in known:
         if name not in raw:
@@ -213,21 +259,42 @@ def _contradictions(c: Config) -> list[str]:
             found.append(f"--config.{line}")
 
     target = c.target
-    need(target == "sft" or (target[:1] == "m" and target[1:].isdigit() and int(target[1:]) >= 1), f"target={target}: sft, m1, m2, ...")
-    for name, value in (("param_dtype", c.model.param_dtype), ("compute_dtype", c.model.compute_dtype), ("export_dtype", c.model.export_dtype)):
+    need(
+        target == "sft" or (target[:1] == "m" and target[1:].isdigit() and int(target[1:]) >= 1),
+        f"target={target}: sft, m1, m2, ...",
+    )
+    for name, value in (
+        ("param_dtype", c.model.param_dtype),
+        ("compute_dtype", c.model.compute_dtype),
+        ("export_dtype", c.model.export_dtype),
+    ):
         need(value in ("float32", "bfloat16"), f"model.{name}={value}: float32 or bfloat16")
-    need(c.model.param_dtype == "float32", "model.param_dtype=bfloat16: at lr 1e-6 plain rounding leaves 98 % of bf16 weights unchanged; use float32")
-    need(c.model.attention in ("auto", "plain", "mapped"), f"model.attention={c.model.attention}: auto, plain or mapped")
+    need(
+        c.model.param_dtype == "float32",
+        "model.param_dtype=bfloat16: at lr 1e-6 plain rounding leaves 98 % of bf16 weights unchanged; use float32",
+    )
+    need(
+        c.model.attention in ("auto", "plain", "mapped"),
+        f"model.attention={c.model.attention}: auto, plain or mapped",
+    )
     need(c.model.remat in ("none", "dots", "full"), f"model.remat={c.model.remat}: none, dots or full")
     need(c.model.unroll >= 1 and c.model.decode_unroll >= 1, "model.unroll, model.decode_unroll: at least 1")
     for name, part in (("sft", c.sft), ("dpo", c.dpo)):
-        need(part.lr > 0 and 0 <= part.lr_end <= part.lr, f"{name}.lr_end={part.lr_end}: between 0 and {name}.lr={part.lr}")
+        need(
+            part.lr > 0 and 0 <= part.lr_end <= part.lr,
+            f"{name}.lr_end={part.lr_end}: between 0 and {name}.lr={part.lr}",
+        )
         need(part.batch >= 1 and part.microbatch >= 1, f"{name}.batch, {name}.microbatch: at least 1")
-        need(part.microbatch <= part.batch, f"{name}.microbatch={part.microbatch}: not above {name}.batch={part.batch}")
+        need(
+            part.microbatch <= part.batch, f"{name}.microbatch={part.microbatch}: not above {name}.batch={part.batch}"
+        )
         need(part.epochs >= 1, f"{name}.epochs={part.epochs}: at least 1")
         need(0 <= part.dropout < 1, f"{name}.dropout={part.dropout}: in [0, 1)")
         need(part.keep >= 1, f"{name}.keep={part.keep}: at least 1")
-        need(part.warmup >= 0 and part.clip >= 0 and part.weight_decay >= 0 and part.checkpoint_every >= 0, f"{name}: warmup, clip, weight_decay and checkpoint_every are not negative")
+        need(
+            part.warmup >= 0 and part.clip >= 0 and part.weight_decay >= 0 and part.checkpoint_every >= 0,
+            f"{name}: warmup, clip, weight_decay and checkpoint_every are not negative",
+        )
         need(0 <= part.b1 < 1 and 0 <= part.b2 < 1 and part.eps > 0, f"{name}: b1 and b2 in [0, 1), eps above 0")
     need(c.dpo.beta > 0, f"dpo.beta={c.dpo.beta}: above 0")
     need(c.dpo.reference in ("cached", "live"), f"dpo.reference={c.dpo.reference}: cached or live")
@@ -236,20 +303,37 @@ def _contradictions(c: Config) -> list[str]:
     need(0 < c.eft.max_share <= 1, f"eft.max_share={c.eft.max_share}: in (0, 1]")
     need(c.prompts.top_up in ("none", "seed"), f"prompts.top_up={c.prompts.top_up}: none or seed")
     need(c.prompts.normalise in ("chat", "faithful"), f"prompts.normalise={c.prompts.normalise}: chat or faithful")
-    need(c.prompts.seed_demonstrations + c.prompts.generated_demonstrations >= 1, "prompts.seed_demonstrations: at least one demonstration")
-    need(c.prompts.per_iteration >= 1 and c.prompts.requests >= 1, "prompts.per_iteration, prompts.requests: at least 1")
+    need(
+        c.prompts.seed_demonstrations + c.prompts.generated_demonstrations >= 1,
+        "prompts.seed_demonstrations: at least one demonstration",
+    )
+    need(
+        c.prompts.per_iteration >= 1 and c.prompts.requests >= 1,
+        "prompts.per_iteration, prompts.requests: at least 1",
+    )
     for name, part in (("prompts", c.prompts), ("responses", c.responses), ("judge", c.judge)):
         need(part.temperature >= 0, f"{name}.temperature={part.temperature}: not negative")
         need(0 < part.top_p <= 1, f"{name}.top_p={part.top_p}: in (0, 1]")
         need(part.max_new_tokens >= 1, f"{name}.max_new_tokens={part.max_new_tokens}: at least 1")
     need(c.responses.n >= 2, f"responses.n={c.responses.n}: a pair needs at least 2 candidates")
-    need(c.responses.temperature > 0, "responses.temperature=0: greedy candidates are all the same, so no pair is left")
+    need(
+        c.responses.temperature > 0, "responses.temperature=0: greedy candidates are all the same, so no pair is left"
+    )
     need(c.judge.k >= 1, f"judge.k={c.judge.k}: at least 1")
     need(c.check.k >= 1 and c.check.prompts >= 0, "check.k: at least 1; check.prompts: not negative")
     need(c.judge.low < c.judge.high, f"judge.low={c.judge.low}: below judge.high={c.judge.high}")
-    need(c.engine.rows >= max(c.responses.n, c.judge.k, c.eft.k, c.check.k), f"engine.rows={c.engine.rows}: at least responses.n, judge.k, eft.k and check.k")
-    need(min(c.engine.window, c.engine.pad, c.engine.pad_targets, c.engine.chunk) >= 1, "engine: window, pad, pad_targets and chunk are at least 1")
-    need(c.data.max_prompt_tokens < c.data.max_length, f"data.max_prompt_tokens={c.data.max_prompt_tokens}: below data.max_length={c.data.max_length}")
+    need(
+        c.engine.rows >= max(c.responses.n, c.judge.k, c.eft.k, c.check.k),
+        f"engine.rows={c.engine.rows}: at least responses.n, judge.k, eft.k and check.k",
+    )
+    need(
+        min(c.engine.window, c.engine.pad, c.engine.pad_targets, c.engine.chunk) >= 1,
+        "engine: window, pad, pad_targets and chunk are at least 1",
+    )
+    need(
+        c.data.max_prompt_tokens < c.data.max_length,
+        f"data.max_prompt_tokens={c.data.max_prompt_tokens}: below data.max_length={c.data.max_length}",
+    )
     return found
 
 
@@ -290,5 +374,7 @@ def describe(cls: type = Config, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(default):
             lines += describe(type(default), f"{prefix}{field.name}.")
         else:
-            lines.append(f"--config.{prefix}{field.name}={default!r}  {field.metadata['doc']}  [{field.metadata['source']}]")
+            lines.append(
+                f"--config.{prefix}{field.name}={default!r}  {field.metadata['doc']}  [{field.metadata['source']}]"
+            )
     return lines

@@ -80,7 +80,9 @@ def generations(config: Config) -> dict[str, tuple[int, int]]:
         if model not in ("sft", "m1"):
             if config.prompts.source == "self_instruct":
                 # Seven new prompts a request at most; about half are kept (Wang et al. 2023).
-                asked = min(-(-config.prompts.per_iteration // 3), config.prompts.max_rounds * config.prompts.requests)
+                asked = min(
+                    -(-config.prompts.per_iteration // 3), config.prompts.max_rounds * config.prompts.requests
+                )
                 out[f"{model}/prompts"] = (asked, asked * config.prompts.max_new_tokens)
             count = config.prompts.per_iteration * config.responses.n
             out[f"{model}/responses"] = (count, count * config.responses.max_new_tokens)
@@ -130,7 +132,9 @@ def table(config: Config, root: epath.Path, stages: list[str], parameters: int) 
             what = "training"
         done = workdir.is_done(root, name)
         total += 0.0 if done else flops / rate
-        lines.append(f"{name:<16} {what:<22} {'done' if done else f'about {flops / rate:,.0f} s' if flops else ''}".rstrip())
+        lines.append(
+            f"{name:<16} {what:<22} {'done' if done else f'about {flops / rate:,.0f} s' if flops else ''}".rstrip()
+        )
     width = {"float32": 4, "bfloat16": 2}[config.model.param_dtype]
     lines += [
         f"generations {sum(some for some, _ in counts.values()):,}",

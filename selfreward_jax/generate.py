@@ -1,7 +1,7 @@
 """Samples from a model: a file of prompts to a file of answers, or one prompt to the terminal.
 
-    python -m selfreward_jax.generate --model=demo --prompt "Why is the sky blue?"
-    python -m selfreward_jax.generate --model=runs/m3-demo/m3/model --prompts=questions.jsonl --out=answers.jsonl
+python -m selfreward_jax.generate --model=demo --prompt "Why is the sky blue?"
+python -m selfreward_jax.generate --model=runs/m3-demo/m3/model --prompts=questions.jsonl --out=answers.jsonl
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ from selfreward_jax.errors import UserError
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m selfreward_jax.generate", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--model", required=True, help="demo, random:tiny, a gguf file, a Hugging Face folder or a hub name")
+    parser = argparse.ArgumentParser(
+        prog="python -m selfreward_jax.generate", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
+    parser.add_argument(
+        "--model", required=True, help="demo, random:tiny, a gguf file, a Hugging Face folder or a hub name"
+    )
     parser.add_argument("--prompt", default="", help="one prompt; the answers are printed")
     parser.add_argument("--prompts", default="", help="jsonl file with a field prompt (and an optional id)")
     parser.add_argument("--out", default="", help="jsonl file of answers")
@@ -27,7 +31,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=32, help="answers that are decoded together")
     parser.add_argument("--chat_template", default="own", help="own, llama2, chatml or a Jinja file")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights and the computation")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights and the computation"
+    )
     return parser.parse_args()
 
 

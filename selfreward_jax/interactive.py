@@ -37,7 +37,9 @@ def answer(arguments: argparse.Namespace, prompts: Sequence[tuple[str, str]]) ->
             first = number * arguments.samples
             requests.append(engines.Request(ids, tuple(range(first, first + arguments.samples))))
     if len(kept) < len(prompts):
-        say(f"skipped {len(prompts) - len(kept)} of {len(prompts)} prompts: longer than the context of {source.config.context}")
+        say(
+            f"skipped {len(prompts) - len(kept)} of {len(prompts)} prompts: longer than the context of {source.config.context}"
+        )
     mesh = make_mesh(1, -1, 1)
     with jax.set_mesh(mesh):
         params = load_params(source, mesh, arguments.dtype)

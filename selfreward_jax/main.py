@@ -11,11 +11,17 @@ from etils import epath
 
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog="python -m selfreward_jax.main", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--config", default="configs/m2.py", help="config file, with :PRESET; any field by --config.NAME=VALUE")
+    parser.add_argument(
+        "--config", default="configs/m2.py", help="config file, with :PRESET; any field by --config.NAME=VALUE"
+    )
     parser.add_argument("--workdir", default="", help="the run's folder; by default runs/ and the config's name")
-    parser.add_argument("--dry_run", action="store_true", help="list the stages, generations, time and bytes, and stop")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="list the stages, generations, time and bytes, and stop"
+    )
     parser.add_argument("--stop_after", default="", metavar="STAGE", help="stop after this stage, e.g. m2/responses")
-    parser.add_argument("--resume", choices=("strict", "override"), default="strict", help="override: go on with a changed config")
+    parser.add_argument(
+        "--resume", choices=("strict", "override"), default="strict", help="override: go on with a changed config"
+    )
     parser.add_argument("--fields", action="store_true", help="list every config field with its default and source")
     known, rest = parser.parse_known_args(argv)
     unknown = [word for word in rest if not word.startswith("--config.")]
@@ -25,7 +31,8 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from selfreward_jax import cli, config as configs, launch
+    from selfreward_jax import cli, launch
+    from selfreward_jax import config as configs
 
     if arguments.fields:
         print("\n".join(configs.describe()))

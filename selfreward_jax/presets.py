@@ -13,7 +13,8 @@ from selfreward_jax.errors import UserError
 
 def _with(config: Any, **groups: Any) -> Any:
     changes = {
-        name: _with(getattr(config, name), **value) if isinstance(value, dict) else value for name, value in groups.items()
+        name: _with(getattr(config, name), **value) if isinstance(value, dict) else value
+        for name, value in groups.items()
     }
     return dataclasses.replace(config, **changes)
 

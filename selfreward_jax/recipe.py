@@ -67,13 +67,32 @@ def stages(config: Config) -> list[Stage]:
             building = config.eft.source == "build"
             inputs = (seeds[1], *(("sft/stages/train.json",) if building else ()))
             out.append(
-                Stage("m1/eft", eft.make, (*_MODEL, "eft", "judge"), inputs, ("m1/eft_train.jsonl",), ("m1/eft_judgments",))
+                Stage(
+                    "m1/eft",
+                    eft.make,
+                    (*_MODEL, "eft", "judge"),
+                    inputs,
+                    ("m1/eft_train.jsonl",),
+                    ("m1/eft_judgments",),
+                )
             )
-            out.append(_training(model, partial(train_sft.make, model=model), ("data", "sft"), (seeds[0], "m1/eft_train.jsonl")))
+            out.append(
+                _training(
+                    model, partial(train_sft.make, model=model), ("data", "sft"), (seeds[0], "m1/eft_train.jsonl")
+                )
+            )
         else:
             out += _iteration(config, model, f"m{int(model[1:]) - 1}", seeds)
         trained = f"{model}/stages/train.json"
-        out.append(Stage(f"{model}/export", partial(export.make, model=model), ("model.export_dtype",), (trained,), (f"{model}/model",)))
+        out.append(
+            Stage(
+                f"{model}/export",
+                partial(export.make, model=model),
+                ("model.export_dtype",),
+                (trained,),
+                (f"{model}/model",),
+            )
+        )
         out.append(
             Stage(
                 f"{model}/check", partial(check.make, model=model), (*_MODEL, "judge", "responses", "check", "data.validation"),
@@ -86,7 +105,13 @@ def stages(config: Config) -> list[Stage]:
 def _training(model: str, make: Callable, settings: tuple[str, ...], inputs: tuple[str, ...]) -> Stage:
     scratch = (f"{model}/checkpoints",)
     return Stage(
-        f"{model}/train", make, (*_MODEL, *settings), inputs, (f"{model}/params",), (*scratch, f"{model}/metrics"), scratch
+        f"{model}/train",
+        make,
+        (*_MODEL, *settings),
+        inputs,
+        (f"{model}/params",),
+        (*scratch, f"{model}/metrics"),
+        scratch,
     )
 
 

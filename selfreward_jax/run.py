@@ -131,8 +131,14 @@ def read_ours(path: epath.Path, cls: type) -> list[Any]:
 
 
 def sample_parts(
-    run: Run, params: llama.Params, how: Sampling, requests: Sequence[engines.Request], stage: str,
-    directory: epath.Path, unit: str, to_records: Callable[[int, list[engines.Completion]], list[Any]],
+    run: Run,
+    params: llama.Params,
+    how: Sampling,
+    requests: Sequence[engines.Request],
+    stage: str,
+    directory: epath.Path,
+    unit: str,
+    to_records: Callable[[int, list[engines.Completion]], list[Any]],
 ) -> list[epath.Path]:
     """Samples all requests into part files; parts that an earlier process finished are not done again.
 

@@ -100,7 +100,13 @@ def is_done(root: epath.Path, stage: str) -> bool:
     return True
 
 
-def begin(root: epath.Path, stage: str, settings: Mapping[str, Any], inputs: Iterable[epath.Path], partial: Iterable[epath.Path]) -> None:
+def begin(
+    root: epath.Path,
+    stage: str,
+    settings: Mapping[str, Any],
+    inputs: Iterable[epath.Path],
+    partial: Iterable[epath.Path],
+) -> None:
     """Notes that a stage begins; what an earlier start of it left is kept if settings and inputs are the same.
 
     Args:
@@ -122,7 +128,11 @@ def begin(root: epath.Path, stage: str, settings: Mapping[str, Any], inputs: Ite
 
 
 def finish(
-    root: epath.Path, stage: str, inputs: Iterable[epath.Path], outputs: Iterable[epath.Path], seconds: float,
+    root: epath.Path,
+    stage: str,
+    inputs: Iterable[epath.Path],
+    outputs: Iterable[epath.Path],
+    seconds: float,
     facts: Mapping[str, Any],
 ) -> None:
     """Writes the stage's record, last of all.
@@ -177,7 +187,9 @@ def locked(root: epath.Path) -> Iterator[None]:
             except BlockingIOError as error:
                 file.seek(0)
                 owner = file.read().strip() or "?"
-                raise UserError(f"--workdir={root}: process {owner} is working here; wait for it or stop it") from error
+                raise UserError(
+                    f"--workdir={root}: process {owner} is working here; wait for it or stop it"
+                ) from error
             file.seek(0)
             file.truncate()
             file.write(str(os.getpid()))

@@ -148,9 +148,7 @@ def _guard(tokenizer: PreTrainedTokenizerFast) -> tuple[Tokenizer, dict[str, str
     else:
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
     if "merges" in model:  # nor may merges of plain pieces arrive at one
-        model["merges"] = [
-            pair for pair in model["merges"] if not names.keys() & {"".join(pair), pair[0], pair[1]}
-        ]
+        model["merges"] = [pair for pair in model["merges"] if not names.keys() & {"".join(pair), pair[0], pair[1]}]
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
     state |= {"post_processor": None, "truncation": None, "padding": None}

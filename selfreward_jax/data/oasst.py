@@ -142,15 +142,11 @@ def from_rows(
         if unranked and not any(reply.rank is not None for turn in turns for reply in turn.replies):
             raise UserError(f"{name}: no ranks: rank is null in every reply, so the best reply is not known")
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(drops.items()))
-        raise UserError(
-            f"{name}: no usable first turn in language '{lang}' (left out: {counts or 'nothing'})"
-        )
+        raise UserError(f"{name}: no usable first turn in language '{lang}' (left out: {counts or 'nothing'})")
     return Seed(tuple(examples), tuple(sets), dict(sorted(drops.items())))
 
 
-def _add_example(
-    prompt: _Message, ranked: Sequence[_Message], examples: list[Example], drops: Counter[str]
-) -> None:
+def _add_example(prompt: _Message, ranked: Sequence[_Message], examples: list[Example], drops: Counter[str]) -> None:
     best = sorted((reply for reply in ranked if reply.rank == 0), key=lambda reply: reply.id)
     if best:
         examples.append(Example(id=prompt.id, prompt=prompt.text, response=best[0].text, source=SOURCE))
@@ -188,9 +184,7 @@ def split(seed_data: Seed, n_ift: int, n_eval: int, n_eft_train: int, seed: int)
         if asked < 0:
             problems.append(f"{option}={asked}: must be -1 (all) or at least 0")
         elif asked > available:
-            problems.append(
-                f"{option}={asked}: there are {available} {what}; lower {option} or set it to -1 (all)"
-            )
+            problems.append(f"{option}={asked}: there are {available} {what}; lower {option} or set it to -1 (all)")
         return min(max(asked, 0), available)
 
     sets = _shuffled(seed_data.sets, lambda item: item.id, f"sets {seed}")
@@ -258,9 +252,7 @@ def _read_turns(rows: Sequence[tuple[int, Mapping[str, Any]]], name: str, drops:
 
     nested = bool(rows) and "prompt" in rows[0][1]
     if rows and not nested and "message_id" not in rows[0][1]:
-        raise UserError(
-            f"{name}: not an OASST file: rows need 'prompt' (trees) or 'message_id' and 'parent_id'"
-        )
+        raise UserError(f"{name}: not an OASST file: rows need 'prompt' (trees) or 'message_id' and 'parent_id'")
     turns = list(trees() if nested else flat())
     raise_problems(name, problems)
     return turns

@@ -162,9 +162,7 @@ def to_json(record: Record) -> str:
     line = json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     try:
         line.encode()
-    except (
-        UnicodeEncodeError
-    ):  # half of a surrogate pair has no UTF-8 form: such a row is written as ASCII escapes
+    except UnicodeEncodeError:  # half of a surrogate pair has no UTF-8 form: such a row is written as ASCII escapes
         line = json.dumps(row, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return line
 
@@ -244,9 +242,7 @@ def _read(path: PathLike) -> tuple[list[tuple[int, dict[str, Any]]], list[tuple[
         try:
             row = json.loads(line.decode(), parse_constant=_refuse_constant)
         except UnicodeDecodeError as error:
-            problems.append(
-                (number, f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start + 1})")
-            )
+            problems.append((number, f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start + 1})"))
         except json.JSONDecodeError as error:
             problems.append((number, f"{path}:{number}: not JSON ({error.msg}, column {error.colno})"))
         except (ValueError, RecursionError) as error:
@@ -255,9 +251,7 @@ def _read(path: PathLike) -> tuple[list[tuple[int, dict[str, Any]]], list[tuple[
             if isinstance(row, dict):
                 rows.append((number, row))
             else:
-                problems.append(
-                    (number, f"{path}:{number}: an object a line is needed, {_describe(row)} found")
-                )
+                problems.append((number, f"{path}:{number}: an object a line is needed, {_describe(row)} found"))
     if not rows and not problems:
         raise UserError(f"{path}: the file is empty")
     return rows, problems

@@ -28,7 +28,9 @@ def hub_rows(name: str) -> list[tuple[int, dict[str, Any]]]:
         loaded = datasets.load_dataset(name, split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--config.data.oasst={name}: the hub gave no such data set ({reason}); name a file") from error
+        raise UserError(
+            f"--config.data.oasst={name}: the hub gave no such data set ({reason}); name a file"
+        ) from error
     return [(number, dict(row)) for number, row in enumerate(loaded, start=1)]
 
 
@@ -46,7 +48,9 @@ def judge_rows(file: str, low: int, high: int) -> list[dict[str, Any]]:
     needed = {"instruction": str, "response": str, "justification": str, "score": int}
     problems, rows = [], []
     for line, row in read_rows(path):
-        wrong = [f"{name} must be {kind.__name__}" for name, kind in needed.items() if not isinstance(row.get(name), kind)]
+        wrong = [
+            f"{name} must be {kind.__name__}" for name, kind in needed.items() if not isinstance(row.get(name), kind)
+        ]
         if not wrong and not low <= row["score"] <= high:
             wrong = [f"score {row['score']} is outside {low}..{high}"]
         problems += [f"{path}:{line}: {', '.join(wrong)}"] if wrong else []

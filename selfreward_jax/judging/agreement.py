@@ -103,9 +103,7 @@ def interval(sets: Sequence[PairCounts], seed: int, n: int = 2000) -> tuple[floa
     if not used:
         return 0.0, 1.0
     if len(used) < FEWEST_CLUSTERS or right.sum() in (0, total.sum()):
-        wilson = scipy.stats.binomtest(int(right.sum()), int(total.sum())).proportion_ci(
-            0.95, method="wilson"
-        )
+        wilson = scipy.stats.binomtest(int(right.sum()), int(total.sum())).proportion_ci(0.95, method="wilson")
         return float(wilson.low), float(wilson.high)
     rng = np.random.default_rng(seed)
     rows = max(1, _CHUNK // len(used))

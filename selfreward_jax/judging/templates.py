@@ -21,9 +21,7 @@ RESPONSE = "<RESPONSE_HERE>"
 
 # name: (file, sha256 of the prompt, lowest score, highest score). The sum pins the wording: one changed
 # character of a judge prompt is another judge.
-_BUILT_IN = {
-    "additive": ("additive.txt", "2ee1f2185a36b0bace155bb1c091c7541a1f289385fb9f346bca46785ac9850e", 0, 5)
-}
+_BUILT_IN = {"additive": ("additive.txt", "2ee1f2185a36b0bace155bb1c091c7541a1f289385fb9f346bca46785ac9850e", 0, 5)}
 _PLACEHOLDER = re.compile(f"{INSTRUCTION}|{RESPONSE}")
 # Each part of a tag is a run of one kind of character, so a failing match costs no more than the run it read.
 _TAG = re.compile(r"<(?=\\*\s*(?:/\s*)?response\b)", re.IGNORECASE)
@@ -54,18 +52,14 @@ def load(name_or_path: str | os.PathLike[str], low: int = 0, high: int = 5) -> T
         folder = importlib.resources.files("selfreward_jax.judging") / "templates"
         text = _without_line_end((folder / file).read_text(encoding="utf-8"))
         if hashlib.sha256(text.encode()).hexdigest() != digest:
-            problems.append(
-                f"{folder / file}: the built-in template was changed; copy it and name the copy instead"
-            )
+            problems.append(f"{folder / file}: the built-in template was changed; copy it and name the copy instead")
         if (low, high) != (own_low, own_high):
             problems.append(f"template '{name}' scores {own_low} to {own_high}, not {low} to {high}")
     else:
         text = _read(name)
         for placeholder in (INSTRUCTION, RESPONSE):
             if (count := text.count(placeholder)) != 1:
-                problems.append(
-                    f"{name}: {placeholder} must stand in a judge template once, found {count} times"
-                )
+                problems.append(f"{name}: {placeholder} must stand in a judge template once, found {count} times")
     if problems:
         raise UserError(*problems)
     return Template(name, text, low, high)

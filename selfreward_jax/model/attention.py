@@ -102,7 +102,9 @@ def _attend_mapped(q: jax.Array, q_positions: jax.Array, blocks: tuple[Keys, ...
         return jnp.concatenate(outs, axis=1).astype(q.dtype)
 
     out = jax.lax.map(one, (jnp.arange(batch * kv_heads), queries, own_k, own_v))
-    return out.reshape(batch, kv_heads, share, time, width).transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, width)
+    return (
+        out.reshape(batch, kv_heads, share, time, width).transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, width)
+    )
 
 
 def _softmax(scores: list[jax.Array]) -> tuple[list[jax.Array], jax.Array]:

@@ -73,19 +73,72 @@ class LlamaConfig:
 
 # Fields that describe files, training of others, or outputs we never ask for: they cannot change a logit.
 _INERT = frozenset(
-    """_name_or_path architectures transformers_version torch_dtype dtype use_cache initializer_range model_type
-    bos_token_id eos_token_id pad_token_id return_dict output_hidden_states output_attentions torchscript
-    chunk_size_feed_forward id2label label2id problem_type tie_word_embeddings
-    max_window_layers is_llama_config transformers.js_config task_specific_params
-    is_encoder_decoder is_decoder cross_attention_hidden_size add_cross_attention tie_encoder_decoder
-    finetuning_task prefix tokenizer_class sep_token_id decoder_start_token_id unsloth_fixed unsloth_version
-    _attn_implementation_autoset attn_implementation""".split()
+    [
+        "_name_or_path",
+        "architectures",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "initializer_range",
+        "model_type",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "return_dict",
+        "output_hidden_states",
+        "output_attentions",
+        "torchscript",
+        "chunk_size_feed_forward",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "tie_word_embeddings",
+        "max_window_layers",
+        "is_llama_config",
+        "transformers.js_config",
+        "task_specific_params",
+        "is_encoder_decoder",
+        "is_decoder",
+        "cross_attention_hidden_size",
+        "add_cross_attention",
+        "tie_encoder_decoder",
+        "finetuning_task",
+        "prefix",
+        "tokenizer_class",
+        "sep_token_id",
+        "decoder_start_token_id",
+        "unsloth_fixed",
+        "unsloth_version",
+        "_attn_implementation_autoset",
+        "attn_implementation",
+    ]
 )
 _READ = frozenset(
-    """vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size
-    max_position_embeddings rope_theta rope_scaling rope_parameters rms_norm_eps hidden_act attention_bias mlp_bias
-    sliding_window use_sliding_window layer_types attention_dropout pretraining_tp rope_interleaved
-    partial_rotary_factor""".split()
+    [
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+        "max_position_embeddings",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "rms_norm_eps",
+        "hidden_act",
+        "attention_bias",
+        "mlp_bias",
+        "sliding_window",
+        "use_sliding_window",
+        "layer_types",
+        "attention_dropout",
+        "pretraining_tp",
+        "rope_interleaved",
+        "partial_rotary_factor",
+    ]
 )
 
 
@@ -137,7 +190,9 @@ def from_hf(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
     architecture = (raw.get("architectures") or [""])[0]
     family = FAMILIES.get(architecture) or (raw.get("model_type") if not architecture else None)
     if family not in FAMILIES.values():
-        raise UserError(f"{where}: architecture {architecture or raw.get('model_type')!r} is not one of {sorted(FAMILIES)}")
+        raise UserError(
+            f"{where}: architecture {architecture or raw.get('model_type')!r} is not one of {sorted(FAMILIES)}"
+        )
     needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     problems += [f"{name}: missing" for name in needed if name not in raw]
     if problems:
@@ -172,7 +227,9 @@ def from_hf(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
     elif len(kinds) > 1:
         problems.append(f"layer_types {sorted(kinds)}: all layers must attend alike")
     elif family == "qwen2" and window and int(raw.get("max_window_layers") or 0) > 0:
-        problems.append("max_window_layers: a window on some layers only is not supported; set use_sliding_window false")
+        problems.append(
+            "max_window_layers: a window on some layers only is not supported; set use_sliding_window false"
+        )
     if problems:
         raise UserError(*(f"{where}: {line}" for line in problems))
     bias = bool(raw.get("attention_bias", False))

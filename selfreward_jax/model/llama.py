@@ -210,8 +210,14 @@ def _embed(config: LlamaConfig, compute: Compute, params: Params, tokens: jax.Ar
 
 
 def _run_layers(
-    config: LlamaConfig, compute: Compute, params: Params, x: jax.Array, positions: jax.Array, read: Callable,
-    carry: Any, dropout: Dropout | None,
+    config: LlamaConfig,
+    compute: Compute,
+    params: Params,
+    x: jax.Array,
+    positions: jax.Array,
+    read: Callable,
+    carry: Any,
+    dropout: Dropout | None,
 ) -> tuple[jax.Array, Any, Any]:
     """Applies all layers. `read(layer, carry, q, k, v) -> (out, carry, kept)` attends and may update the carry.
 
@@ -258,7 +264,11 @@ def _final_norm(config: LlamaConfig, params: Params, x: jax.Array) -> jax.Array:
 
 
 def hidden_states(
-    config: LlamaConfig, compute: Compute, params: Params, tokens: jax.Array, positions: jax.Array,
+    config: LlamaConfig,
+    compute: Compute,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
     dropout: Dropout | None = None,
 ) -> jax.Array:
     """Hidden states for training: causal attention of each row over itself.
@@ -280,7 +290,11 @@ def hidden_states(
 
 
 def prefill(
-    config: LlamaConfig, compute: Compute, params: Params, tokens: jax.Array, positions: jax.Array,
+    config: LlamaConfig,
+    compute: Compute,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
     prefix: tuple[Keys, ...] = (),
 ) -> tuple[jax.Array, Keys]:
     """Reads prompts, after optional shared prefixes, and keeps their keys.
@@ -304,8 +318,14 @@ def prefill(
 
 
 def decode_step(
-    config: LlamaConfig, compute: Compute, params: Params, tokens: jax.Array, positions: jax.Array,
-    prefix: tuple[Keys, ...], own: Keys, slot: jax.Array,
+    config: LlamaConfig,
+    compute: Compute,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    prefix: tuple[Keys, ...],
+    own: Keys,
+    slot: jax.Array,
 ) -> tuple[jax.Array, Keys]:
     """Reads one token a row and writes its keys at `slot` of the rows' own cache.
 

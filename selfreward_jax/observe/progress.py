@@ -76,6 +76,8 @@ def progress(name: str, total: int, unit: str, done: int = 0) -> Iterator[Advanc
         count.last = now
         rate = (count.done - done) / max(now - start, 1e-9)
         left = _clock((total - count.done) / rate) if rate > 0 else "?"
-        say(f"[{name}] {count.done}/{total} {unit}  {rate:.3g}/s  elapsed {_clock(now - start)}  eta {left}  {note}".rstrip())
+        say(
+            f"[{name}] {count.done}/{total} {unit}  {rate:.3g}/s  elapsed {_clock(now - start)}  eta {left}  {note}".rstrip()
+        )
 
     yield log

@@ -66,6 +66,8 @@ def write(root: epath.Path, models: list[str], stages: list[str]) -> None:
         table.add_row(*cells)
     console = Console()
     console.print(table) if console.is_terminal else print(markdown(rows), flush=True)
-    lines = [f"| {name} | {workdir.facts(root, name)['seconds']:.1f} |\n" for name in stages if workdir.facts(root, name)]
+    lines = [
+        f"| {name} | {workdir.facts(root, name)['seconds']:.1f} |\n" for name in stages if workdir.facts(root, name)
+    ]
     text = f"# Run {root.name}\n\n{markdown(rows)}{NOTES}\n| stage | seconds |\n| --- | --- |\n{''.join(lines)}"
     workdir.write_text(root / "report.md", text)

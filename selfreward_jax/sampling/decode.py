@@ -45,8 +45,18 @@ def prefix_keys(config: LlamaConfig, compute: llama.Compute, params: llama.Param
 
 @partial(jax.jit, static_argnames=("config", "compute", "decode_compute", "sampling", "vocabulary"))
 def sample(
-    config: LlamaConfig, compute: llama.Compute, decode_compute: llama.Compute, sampling: Sampling, seed: int, phase: int,
-    vocabulary: int, params: llama.Params, prompts: jax.Array, lengths: jax.Array, requests: jax.Array, prefix: tuple[Keys, ...],
+    config: LlamaConfig,
+    compute: llama.Compute,
+    decode_compute: llama.Compute,
+    sampling: Sampling,
+    seed: int,
+    phase: int,
+    vocabulary: int,
+    params: llama.Params,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    requests: jax.Array,
+    prefix: tuple[Keys, ...],
     stop_ids: jax.Array,
 ) -> Sampled:
     """Samples n completions of each of P prompts: one prefill a prompt, shared by its n rows.
@@ -74,12 +84,18 @@ def sample(
     head = llama.head_weights(config, compute, params)
 
     def spread(x: jax.Array) -> jax.Array:  # [P,...] -> [R,...]
-        wide = jnp.broadcast_to(x[:, None], (count, samples, *x.shape[1:]), out_sharding=P(BATCH, None, *spec_of(x)[1:]))
+        wide = jnp.broadcast_to(
+            x[:, None], (count, samples, *x.shape[1:]), out_sharding=P(BATCH, None, *spec_of(x)[1:])
+        )
         return wide.reshape(rows, *x.shape[1:], out_sharding=P(BATCH, *spec_of(x)[1:]))
 
     def score(hidden: jax.Array) -> jax.Array:  # logits [.., V] gathered over `tensor`: choosing needs whole rows
         whole = jax.sharding.reshard(llama.logits(head, hidden), P(*spec_of(hidden)[:1], None))
-        return whole if vocabulary >= whole.shape[-1] else jnp.where(jnp.arange(whole.shape[-1]) < vocabulary, whole, -jnp.inf)
+        return (
+            whole
+            if vocabulary >= whole.shape[-1]
+            else jnp.where(jnp.arange(whole.shape[-1]) < vocabulary, whole, -jnp.inf)
+        )
 
     keys = request_keys(seed, phase, requests.reshape(rows, out_sharding=P(BATCH)))
     caches = (*prefix, prompt_keys)

@@ -123,9 +123,7 @@ def _shared_prefix(requests: Sequence[Request]) -> tuple[int, ...]:
     return first[:same]
 
 
-def _collect(
-    sampled: decode.Sampled, requests: int, samples: int
-) -> tuple[list[list[Completion]], dict[str, int]]:
+def _collect(sampled: decode.Sampled, requests: int, samples: int) -> tuple[list[list[Completion]], dict[str, int]]:
     out = []
     for request in range(requests):
         rows = range(request * samples, (request + 1) * samples)

@@ -81,7 +81,9 @@ def check_divides(axes_tree: Any, abstract: Any, mesh: jax.sharding.Mesh, rules:
         raise UserError(*(f"--config.mesh: {line}" for line in problems.values()))
 
 
-def table(axes_tree: Any, abstract: Any, mesh: jax.sharding.Mesh, rules: Rules = STORED) -> list[tuple[str, str, str, int]]:
+def table(
+    axes_tree: Any, abstract: Any, mesh: jax.sharding.Mesh, rules: Rules = STORED
+) -> list[tuple[str, str, str, int]]:
     """Rows (parameter, shape, spec, bytes a device) of the layout, for printing and for the coverage check."""
     rows = []
     paths = jax.tree_util.tree_leaves_with_path(abstract)

@@ -43,7 +43,9 @@ def _answers(run: Run, model: str) -> dict[str, Any]:
     ended = sum(answer.finish_reason == "stop" for answer in answers)
     length = sum(len(answer.token_ids) for answer in answers) / len(answers)
     scores = _own_scores(run, model, dict(chosen), answers)
-    say(f"[{model}/check] {len(answers)} answers: {ended / len(answers):.1%} ended their turn, mean {length:.1f} tokens")
+    say(
+        f"[{model}/check] {len(answers)} answers: {ended / len(answers):.1%} ended their turn, mean {length:.1f} tokens"
+    )
     return {"answers": len(answers), "ended": ended, "mean_tokens": round(length, 2), **scores}
 
 

@@ -27,14 +27,20 @@ def card(run: Run, model: str) -> str:
             noun = "examples" if kind == "SFT" else "preference pairs that the model before it wrote and judged"
             lines.append(f"- {name.upper()}: {kind} on {count} {noun}")
     lines += ["", "Settings:", ""]
-    lines += [f"- `{name}`: {value}" for name, value in flat(config).items() if not name.startswith(("engine", "mesh"))]
+    lines += [
+        f"- `{name}`: {value}" for name, value in flat(config).items() if not name.startswith(("engine", "mesh"))
+    ]
     lines += ["", "The judge that chose its training data is the model itself: check it before you rely on it."]
     return "\n".join(lines) + "\n"
 
 
 def make(run: Run, model: str) -> dict[str, Any]:
     """Writes `MODEL/model/`."""
-    sampled = {"do_sample": True, "temperature": run.config.responses.temperature, "top_p": run.config.responses.top_p}
+    sampled = {
+        "do_sample": True,
+        "temperature": run.config.responses.temperature,
+        "top_p": run.config.responses.top_p,
+    }
     export(
         params_of(run, model), run.source.config, run.chat.tokenizer, run.root / model / "model",
         run.config.model.export_dtype, card(run, model),

@@ -38,7 +38,9 @@ def make(run: Run, model: str, before: str) -> dict[str, Any]:
         else:
             too_long += 1
     if not requests:
-        raise UserError(f"[{model}/judgments] no response leaves room for a judgment in the context of {run.source.config.context} tokens; lower --config.responses.max_new_tokens")
+        raise UserError(
+            f"[{model}/judgments] no response leaves room for a judgment in the context of {run.source.config.context} tokens; lower --config.responses.max_new_tokens"
+        )
 
     def record(index: int, completions: list[Completion]) -> list[Judgment]:
         return judge.judgments(run.chat, template, items[index].prompt_id, items[index].index, completions)
@@ -51,7 +53,9 @@ def make(run: Run, model: str, before: str) -> dict[str, Any]:
     scores = Counter(judgment.score for judgment in judgments if judgment.score is not None)
     parsed = sum(scores.values())
     histogram = dict(sorted(scores.items()))
-    say(f"[{model}/judgments] {len(judgments)} judgments by {before.upper()}: {parsed / len(judgments):.1%} gave a score; scores {histogram}")
+    say(
+        f"[{model}/judgments] {len(judgments)} judgments by {before.upper()}: {parsed / len(judgments):.1%} gave a score; scores {histogram}"
+    )
     return {
         "judgments": len(judgments), "parsed": parsed, "scores": histogram, "drops": {"longer than the context": too_long},
     }  # fmt: skip

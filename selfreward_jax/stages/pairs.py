@@ -65,7 +65,9 @@ def make(run: Run, model: str) -> dict[str, Any]:
         )
     write_records(run.root / model / "pairs.jsonl", pairs)
     mean = float(sum(means) / len(means)) if means else None
-    say(f"[{model}/pairs] {len(pairs)} pairs of {len(prompts)} prompts; dropped {dict(drops) or 'none'}; mean score {mean if mean is None else round(mean, 3)}")
+    say(
+        f"[{model}/pairs] {len(pairs)} pairs of {len(prompts)} prompts; dropped {dict(drops) or 'none'}; mean score {mean if mean is None else round(mean, 3)}"
+    )
     lengths = [(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
     return {
         "pairs": len(pairs), "prompts": len(prompts), "drops": dict(drops), "mean_score": mean,

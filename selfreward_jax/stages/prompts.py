@@ -51,7 +51,9 @@ def make(run: Run, model: str) -> dict[str, Any]:
         pool = [Prompt(key, text, "file") for key, text in prompt_texts(config.source, "")]
     slice_ = _usable(run, [prompt for prompt in pool if prompt.id not in used], drops)[: config.per_iteration]
     if len(slice_) < config.per_iteration and config.top_up == "seed":
-        rest = [Prompt(f"top-up-{e.id}", e.prompt, "top-up") for e in read_ours(run.root / "seed" / "rest.jsonl", Example)]
+        rest = [
+            Prompt(f"top-up-{e.id}", e.prompt, "top-up") for e in read_ours(run.root / "seed" / "rest.jsonl", Example)
+        ]
         fresh = _usable(run, [prompt for prompt in rest if prompt.id not in used], drops)
         slice_ += fresh[: config.per_iteration - len(slice_)]
     if not slice_:
@@ -61,7 +63,9 @@ def make(run: Run, model: str) -> dict[str, Any]:
         )
     write_records(run.root / model / "prompts.jsonl", slice_)
     sources = Counter(prompt.source for prompt in slice_)
-    say(f"[{model}/prompts] {len(slice_)} of {config.per_iteration} prompts: {dict(sources)}; dropped {dict(drops) or 'none'}")
+    say(
+        f"[{model}/prompts] {len(slice_)} of {config.per_iteration} prompts: {dict(sources)}; dropped {dict(drops) or 'none'}"
+    )
     return {"prompts": len(slice_), "sources": dict(sources), "drops": dict(drops), **facts}
 
 
@@ -107,7 +111,9 @@ def _grow_pool(run: Run, stage: str, wanted: int) -> tuple[list[Prompt], dict[st
                 model = model or engine(run, params_of(run, "m0"))
                 texts = _ask(run, model, number, seeds, [prompt.text for prompt in pool])
                 kept, dropped = filters.filter_batch(texts, index, normalise)
-                accepted = [Prompt(f"pool-{number:05d}-{i:03d}", text, "self-instruct") for i, text in enumerate(kept)]
+                accepted = [
+                    Prompt(f"pool-{number:05d}-{i:03d}", text, "self-instruct") for i, text in enumerate(kept)
+                ]
                 workdir.write_text(path.with_suffix(".json"), json.dumps({"raw": len(texts), "drops": dict(dropped)}))
                 write_records(path, accepted)
             counts = workdir.read_json(path.with_suffix(".json"))
@@ -118,9 +124,7 @@ def _grow_pool(run: Run, stage: str, wanted: int) -> tuple[list[Prompt], dict[st
     return pool, {"pool": len(pool), "written": raw, "filtered": dict(drops)}
 
 
-def _ask(
-    run: Run, model: engines.Engine, number: int, seeds: Sequence[str], pool: Sequence[str]
-) -> list[str]:
+def _ask(run: Run, model: engines.Engine, number: int, seeds: Sequence[str], pool: Sequence[str]) -> list[str]:
     """One round of requests: raw instructions, as the model wrote them."""
     config = run.config.prompts
     how = sampling(run, config)

@@ -33,5 +33,7 @@ def make(run: Run, model: str, before: str) -> dict[str, Any]:
     responses = [response for file in files for response in read_ours(file, Response)]
     ended = sum(response.finish_reason == "stop" for response in responses)
     length = sum(len(response.token_ids) for response in responses) / len(responses)
-    say(f"[{model}/responses] {len(responses)} responses by {before.upper()}: {ended / len(responses):.1%} ended their turn, mean {length:.1f} tokens")
+    say(
+        f"[{model}/responses] {len(responses)} responses by {before.upper()}: {ended / len(responses):.1%} ended their turn, mean {length:.1f} tokens"
+    )
     return {"responses": len(responses), "ended": ended, "mean_tokens": round(length, 2)}

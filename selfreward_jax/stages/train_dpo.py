@@ -32,8 +32,12 @@ def _cached(run: Run, model: str, pairs: Sequence[Pair]) -> list[trainer.PairRow
         line = lines[index] if index < len(lines) else {}
         same = line.get("prompt_id") == pair.prompt_id
         if not same or len(line["chosen"]) != len(pair.chosen_ids) or len(line["rejected"]) != len(pair.rejected_ids):
-            raise UserError(f"{path}:{index + 1}: not the log-probs of pair {pair.prompt_id}; delete it to redo the stage")
-        sums = [float(np.sum(np.asarray(line[name], np.float32), dtype=np.float32)) for name in ("chosen", "rejected")]
+            raise UserError(
+                f"{path}:{index + 1}: not the log-probs of pair {pair.prompt_id}; delete it to redo the stage"
+            )
+        sums = [
+            float(np.sum(np.asarray(line[name], np.float32), dtype=np.float32)) for name in ("chosen", "rejected")
+        ]
         items.append(trainer.PairRow(*pair_rows(run, pair), *sums))
     return items
 
@@ -47,7 +51,9 @@ def _collate_live(
     return batch._replace(reference=jnp.sum(logps, axis=-1))
 
 
-def _check_start(run: Run, model: str, how: trainer.Plan, params: llama.Params, items: Sequence[Any], collate: Any) -> float:
+def _check_start(
+    run: Run, model: str, how: trainer.Plan, params: llama.Params, items: Sequence[Any], collate: Any
+) -> float:
     """The largest |margin| of the first batch through the step's own log-prob function, without dropout.
 
     Raises:

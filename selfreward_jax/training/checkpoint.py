@@ -52,7 +52,9 @@ def load_params(directory: epath.Path, like: Any) -> Any:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(directory, _abstract(like))
     except (ValueError, KeyError, FileNotFoundError) as error:
-        raise UserError(f"{directory}: cannot be read as this model's parameters: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"{directory}: cannot be read as this model's parameters: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _abstract(tree: Any) -> Any:

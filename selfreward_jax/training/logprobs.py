@@ -32,7 +32,11 @@ class Batch(NamedTuple):
 
 
 def target_logprobs(
-    config: LlamaConfig, compute: llama.Compute, params: llama.Params, batch: Batch, chunk: int,
+    config: LlamaConfig,
+    compute: llama.Compute,
+    params: llama.Params,
+    batch: Batch,
+    chunk: int,
     dropout: llama.Dropout | None = None,
 ) -> jax.Array:
     """Log-probs of the batch's targets.

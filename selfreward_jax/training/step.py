@@ -83,8 +83,15 @@ def split_pairs(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @partial(jax.jit, static_argnames=("config", "compute", "objective", "chunk", "dropout"), donate_argnames=("total",))
 def add_gradient(
-    config: LlamaConfig, compute: llama.Compute, objective: Objective, chunk: int, dropout: float,
-    params: llama.Params, total: tuple[llama.Params, jax.Array], batch: Any, key: jax.Array,
+    config: LlamaConfig,
+    compute: llama.Compute,
+    objective: Objective,
+    chunk: int,
+    dropout: float,
+    params: llama.Params,
+    total: tuple[llama.Params, jax.Array],
+    batch: Any,
+    key: jax.Array,
 ) -> tuple[tuple[llama.Params, jax.Array], Metrics]:
     """Adds the gradient of the microbatch's summed loss.
 

@@ -99,8 +99,16 @@ def collate_pairs(items: Sequence[PairRow], plan: Plan, mesh: jax.sharding.Mesh)
 
 
 def train(
-    name: str, config: LlamaConfig, compute: llama.Compute, plan: Plan, mesh: jax.sharding.Mesh, params: llama.Params,
-    items: Sequence[Item], collate: Callable, objective: step.Objective, directory: epath.Path,
+    name: str,
+    config: LlamaConfig,
+    compute: llama.Compute,
+    plan: Plan,
+    mesh: jax.sharding.Mesh,
+    params: llama.Params,
+    items: Sequence[Item],
+    collate: Callable,
+    objective: step.Objective,
+    directory: epath.Path,
     on_checkpoint: OnCheckpoint | None = None,
 ) -> tuple[llama.Params, dict[str, float]]:
     """Trains from `params` (donated) and resumes from the newest checkpoint under `directory`, if there is one.
@@ -144,10 +152,14 @@ def train(
         row = _row(at, parts, float(norm), tokens, time.monotonic() - began)
         pending = None
         if not (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"])):
-            raise UserError(f"[{name}] update {at}: loss {row['loss']}, gradient norm {row['grad_norm']}; lower the lr")
+            raise UserError(
+                f"[{name}] update {at}: loss {row['loss']}, gradient norm {row['grad_norm']}; lower the lr"
+            )
         write(row)
         history.append(row)
-        return " ".join(f"{key} {row[key]:.3g}" for key in ("loss", "accuracy", "margin", "tokens_per_s") if key in row)
+        return " ".join(
+            f"{key} {row[key]:.3g}" for key in ("loss", "accuracy", "margin", "tokens_per_s") if key in row
+        )
 
     note = ""
     with contextlib.ExitStack() as closing, progress(name, total_steps, "updates", done=first) as advance:
@@ -160,7 +172,9 @@ def train(
             chosen = [items[i] for i in indices]
             key = jax.random.fold_in(base, number)
             parts = []
-            for part, members in enumerate(batches.microbatches([_longest(item) for item in chosen], plan.microbatch)):
+            for part, members in enumerate(
+                batches.microbatches([_longest(item) for item in chosen], plan.microbatch)
+            ):
                 batch = collate([chosen[i] for i in members], plan, mesh)
                 total, measured = step.add_gradient(
                     config, compute, objective, plan.chunk, plan.dropout, params, total, batch,
