@@ -45,7 +45,7 @@ setup(
     ],
     extras_require={
         # torch is the independent reference of the numeric tests (through transformers); pinned, for a CPU build.
-        "test": ["pytest>=8", "pytest-cov", "hypothesis", "ruff", "pyright", "torch==2.13.0"],
+        "test": ["pytest>=8", "pytest-cov", "hypothesis", "ruff", "pyright[nodejs]", "torch==2.13.0"],
         "gpu": ["jax[cuda13]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "eval": ["lm-eval", "alpaca-eval"],

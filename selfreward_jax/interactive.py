@@ -49,7 +49,7 @@ def answer(arguments: argparse.Namespace, prompts: Sequence[tuple[str, str]]) ->
             source.config, compute, compute, params, mesh, chat.stop_ids, chat.vocabulary, rows, pad=64
         )
         with progress("generate", len(requests) * arguments.samples, "answers") as advance:
-            width = engines.per_part(engine, arguments.samples)
+            width = engines.per_part(engine, requests)
             for part, completions, _ in engines.run(engine, how, requests, arguments.seed, "generate"):
                 for place, some in enumerate(completions):
                     key, text = kept[part * width + place]

@@ -38,9 +38,8 @@ def open_run(config: Config, root: epath.Path, mesh: jax.sharding.Mesh, source: 
 def start(config: Config, root: epath.Path, arguments: argparse.Namespace) -> None:
     """Runs (or, for --dry_run, describes) the recipe of a config in a folder."""
     recipe.check_stop(config, arguments.stop_after)
-    if config.model.parameters:
-        if not arguments.dry_run:
-            estimate.check_host(config, root, config.model.parameters)
+    if config.model.parameters and not arguments.dry_run:
+        estimate.check_host(config, root, config.model.parameters)
     if arguments.dry_run:
         parameters = config.model.parameters or open_source(config.model.source).config.parameter_count()
         names = [stage.name for stage in recipe.stages(config)]

@@ -152,7 +152,7 @@ def sample_parts(
     if not requests:
         return []
     model = engine(run, params)
-    width = engines.per_part(model, len(requests[0].keys))
+    width = engines.per_part(model, requests)
     files = workdir.parts(directory, -(-len(requests) // width))
     there = [file.exists() for file in files]
     per_request = len(requests[0].keys)
@@ -166,5 +166,5 @@ def sample_parts(
             write_records(files[part], records)
             fallbacks += counts["fallbacks"]
             tokens += counts["tokens"]
-            advance(len(completions) * per_request, f"{tokens} tokens, exact nucleus by full sort for {fallbacks}")
+            advance(len(completions) * per_request, f"{tokens} tokens, wider nucleus window for {fallbacks}")
     return files

@@ -23,10 +23,11 @@ def hub_rows(name: str) -> list[tuple[int, dict[str, Any]]]:
         UserError: if the hub can't be reached or has no such data set.
     """
     import datasets  # takes a second to import, and most runs read files
+    from datasets.exceptions import DatasetsError
 
     try:
         loaded = datasets.load_dataset(name, split="train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"--config.data.oasst={name}: the hub gave no such data set ({reason}); name a file"

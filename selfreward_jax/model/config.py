@@ -189,7 +189,7 @@ def from_hf(raw: dict[str, Any], where: str = "config.json") -> LlamaConfig:
     problems: list[str] = []
     architecture = (raw.get("architectures") or [""])[0]
     family = FAMILIES.get(architecture) or (raw.get("model_type") if not architecture else None)
-    if family not in FAMILIES.values():
+    if family is None or family not in FAMILIES.values():
         raise UserError(
             f"{where}: architecture {architecture or raw.get('model_type')!r} is not one of {sorted(FAMILIES)}"
         )

@@ -25,7 +25,7 @@ class Sampled(NamedTuple):
         lengths: `[R]` int32, tokens of each completion, its stop token included.
         stopped: `[R]` bool, whether a stop token ended it (else the length limit did).
         steps: scalar int32, decode steps that ran.
-        fallbacks: scalar int32, tokens that were chosen by the exact full sort.
+        fallbacks: scalar int32, tokens that needed more than the first window.
     """
 
     tokens: jax.Array
@@ -107,8 +107,11 @@ def sample(
 
     def record(state: dict[str, Any], at: jax.Array, logits: jax.Array) -> dict[str, Any]:
         """Chooses the token at place `at` for rows that are not done, and notes it."""
-        token, logp, fell_back = choose(logits, keys, at, sampling)
         live = ~state["done"]
+        # Rows that are done go on as certainties: their flat garbage would send the whole batch to the full sort.
+        certain = jnp.arange(logits.shape[-1]) == 0
+        logits = jnp.where(live[:, None] | certain, logits, -jnp.inf)
+        token, logp, fell_back = choose(logits, keys, at, sampling)
         token = jnp.where(live, token, 0)
         ended = live & jnp.any(token[:, None] == stop_ids[None], axis=-1)
         return state | {

@@ -62,10 +62,11 @@ class Completion:
     finish_reason: str
 
 
-def per_part(engine: Engine, samples: int) -> int:
-    """Requests that are sampled together, a multiple of the mesh's row shards."""
+def per_part(engine: Engine, requests: Sequence[Request]) -> int:
+    """Requests that are sampled together: a multiple of the mesh's row shards, and no more than there are."""
     multiple = rows_multiple(engine.mesh)
-    return max(1, engine.rows // samples // multiple) * multiple
+    most = max(1, engine.rows // len(requests[0].keys) // multiple)
+    return min(most, -(-len(requests) // multiple)) * multiple
 
 
 def run(
@@ -84,7 +85,7 @@ def run(
     if not requests:
         return
     samples = len(requests[0].keys)
-    width = per_part(engine, samples)
+    width = per_part(engine, requests)
     shared = _shared_prefix(requests)
     longest = max(len(request.ids) for request in requests) - len(shared)
     time = -(-longest // engine.pad) * engine.pad

@@ -1,8 +1,8 @@
 """Choosing the next token: temperature first, then the nucleus, from one uniform number a token.
 
 A token is drawn by inverting the nucleus' cumulative distribution in sorted order, so a top-k window and a full sort
-choose the same token from the same number. The window is exact when it holds at least `top_p` of the mass; rows where
-it does not make the whole batch take the full sort.
+choose the same token from the same number. A window is exact when it holds at least `top_p` of the mass; where it does
+not for some row, the batch takes one 16 times as wide, and then the full sort.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def choose(
 
     Returns:
         tokens `[R]` int32; their log-probs `[R]` float32 under the model at temperature 1; and `[R]` bool, whether
-        the row's shard took the exact fallback.
+        the row's shard needed more than the first window.
     """
     row = P(jax.typeof(logits).sharding.spec[0])
     local = jax.shard_map(partial(_choose_local, sampling=sampling), out_specs=(row, row, row), check_vma=False)
@@ -81,11 +81,16 @@ def _choose_local(
         rows = jnp.arange(place.shape[0])
         return ids[rows, place].astype(jnp.int32), top[rows, place] * sampling.temperature
 
+    def widen(widths: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The narrowest window that is exact for all rows; whether it was the first."""
+        top, ids = jax.lax.top_k(scaled, widths[0])
+        if len(widths) == 1:
+            return *invert(top, ids), jnp.ones((), bool)
+        exact = jnp.all(jnp.sum(jnp.exp(top - scaled_total), axis=-1) >= sampling.top_p)
+        token, logit = jax.lax.cond(exact, lambda: invert(top, ids), lambda: widen(widths[1:])[:2])
+        return token, logit, exact
+
     vocabulary = logits.shape[-1]
-    window = jax.lax.top_k(scaled, min(sampling.window, vocabulary))
-    if sampling.window >= vocabulary:
-        token, logit = invert(*window)
-        return token, logit - total, never
-    exact = jnp.all(jnp.sum(jnp.exp(window[0] - scaled_total), axis=-1) >= sampling.top_p)
-    token, logit = jax.lax.cond(exact, lambda: invert(*window), lambda: invert(*jax.lax.top_k(scaled, vocabulary)))
+    widths = tuple(width for width in (sampling.window, 16 * sampling.window) if width < vocabulary)
+    token, logit, exact = widen((*widths, vocabulary) if widths else (vocabulary,))
     return token, logit - total, never | ~exact
