@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from selfreward_jax.config import from_config_dict
 from selfreward_jax.errors import UserError
 
 
@@ -32,40 +35,74 @@ def parse_config(config_file: str, overrides: Sequence[str]) -> ConfigDict:
 
     Raises:
         UserError: for a file that can't be loaded, and one line for each override that names no field or has a value
-            of the wrong type; all at once.
+            of the wrong type, and for each contradiction among the rest; all at once.
     """
-    _load(config_file, [])
-    problems = []
+    base = _load(config_file)
+    good, problems, wrong = [], [], []
     for override in overrides:
-        try:
-            _load(config_file, [override])
-        except UserError as error:
-            problems += list(error.args)
+        problem = _problem(base, override)
+        if problem:
+            problems.append(f"{override}: {problem}")
+            wrong.append(_name(override))
+        else:
+            good.append(override)
+    config = _apply(base, good)
     if problems:
+        try:
+            from_config_dict(config, wrong)
+        except UserError as error:
+            problems += error.args
         raise UserError(*problems)
-    return _load(config_file, overrides)
+    return config
 
 
-def _load(config_file: str, overrides: Sequence[str]) -> ConfigDict:
-    values = flags.FlagValues()
-    argv = ["main", f"--config={config_file}", *overrides]
-    config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
-    name = overrides[0] if overrides else f"--config={config_file}"
+def _load(config_file: str) -> ConfigDict:
+    path, colon, preset = config_file.partition(":")
+    name = f"--config={config_file}"
     try:
-        values(argv)
-        return values.config
+        spec = importlib.util.spec_from_file_location("_config_file", path)
+        if spec is None or spec.loader is None:
+            raise FileNotFoundError(path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"{name}: it has no function get_config(preset)")
+        made = module.get_config(*([preset] if colon else []))
     except UserError:
         raise
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
-        raise UserError(f"{name}: {_reason(error, name)}") from error
+    except OSError as error:
+        raise UserError(f"{name}: no such config file; configs/m3.py:demo is one") from error
+    except Exception as error:  # a config file is the user's program: any mistake in it is one line
+        line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
+        raise UserError(f"{name}: {type(error).__name__} on line {line}: {error}".replace("\n", " ")) from error
+    if not isinstance(made, ConfigDict):
+        raise UserError(f"{name}: get_config() gave a {type(made).__name__}, a ConfigDict is needed")
+    return made
 
 
-def _reason(error: BaseException, name: str) -> str:
-    if name.startswith("--config."):
-        field = name.split("=")[0].removeprefix("--")
-        if isinstance(error, flags.UnrecognizedFlagError | AttributeError | KeyError):
-            return f"{field} is no field of the config; `python -m selfreward_jax.main --fields` lists them"
+def _name(override: str) -> str:
+    return override.split("=")[0].removeprefix("--config.")
+
+
+def _problem(base: ConfigDict, override: str) -> str:
+    """What speaks against one override, or ""."""
+    there: Any = base
+    for part in _name(override).split("."):
+        if not isinstance(there, ConfigDict) or part not in there:
+            return "no field of the config; `python -m selfreward_jax.main --fields` lists them"
+        there = there[part]
+    if isinstance(there, ConfigDict):
+        return f"a group of fields; name one of them: {', '.join(there)}"
+    try:
+        _apply(base, [override])
+    except (flags.Error, TypeError, ValueError) as error:
         return f"the value is of the wrong type ({str(error).strip().splitlines()[0]})"
-    if isinstance(error, OSError) or "Unable to open" in str(error):
-        return "no such config file; configs/m3.py:demo is one"
-    return str(error).strip().splitlines()[-1]
+    return ""
+
+
+def _apply(base: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    values = flags.FlagValues()
+    argv = ["main", *overrides]
+    config_flags.DEFINE_config_dict("config", ConfigDict(base.to_dict()), flag_values=values, sys_argv=argv)
+    values(argv)
+    return values.config

@@ -7,7 +7,10 @@ marked "not in the paper" with the source of our choice. `presets.py` changes fi
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -128,7 +131,9 @@ class EftConfig:
 @dataclasses.dataclass(frozen=True)
 class PromptsConfig:
     source: str = _f("self_instruct", "self_instruct, or a jsonl file of prompts", "3.1.3")
-    model: str = _f("", "model that writes prompts, fixed in advance; empty: model.source", "3.1.3: Llama 2-Chat 70B")
+    model: str = _f(
+        "meta-llama/Llama-2-70b-chat-hf", "model that writes prompts, fixed in advance; empty: model.source", "3.1.3"
+    )
     per_iteration: int = _f(
         8000, "new prompts an iteration", _OURS + "3,964 and 6,942 pairs were left of its prompts"
     )
@@ -211,22 +216,25 @@ def to_config_dict(config: Config) -> ConfigDict:
     return ConfigDict(dataclasses.asdict(config))
 
 
-def from_config_dict(raw: ConfigDict) -> Config:
+def from_config_dict(raw: ConfigDict, wrong: Iterable[str] = ()) -> Config:
     """Checks a ConfigDict back into the dataclasses.
 
+    Args:
+        wrong: dotted names of fields that the caller knows to be wrong: contradictions that name them say nothing.
+
     Raises:
-        UserError: one line for each unknown field, wrong type and contradiction.
+        UserError: one line for each unknown field, wrong type and contradiction, all at once.
     """
     problems: list[str] = []
-    config = _build(Config, raw.to_dict(), "config", problems)
-    if not problems:
-        problems = _contradictions(config)
+    wrong = set(wrong)
+    config = _build(Config, raw.to_dict(), "config", problems, wrong)
+    problems += [line for line in _contradictions(config) if not any(name in line for name in wrong)]
     if problems:
         raise UserError(*problems)
     return config
 
 
-def _build(cls: type, raw: dict[str, Any], where: str, problems: list[str]) -> Any:
+def _build(cls: type, raw: dict[str, Any], where: str, problems: list[str], wrong: set[str]) -> Any:
     types = typing.get_type_hints(cls)
     known = {field.name: field for field in dataclasses.fields(cls)}
     problems += [
@@ -237,18 +245,23 @@ def _build(cls: type, raw: dict[str, Any], where: str, problems: list[str]) -> A
         if name not in raw:
             continue
         kind, value = types[name], raw[name]
+        line = ""
         if dataclasses.is_dataclass(kind):
             if isinstance(value, dict):
-                values[name] = _build(typing.cast(type, kind), value, f"{where}.{name}", problems)
+                values[name] = _build(typing.cast(type, kind), value, f"{where}.{name}", problems, wrong)
             else:
-                problems.append(f"--{where}.{name}: a group of fields, not {value!r}")
-        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+                line = f": a group of fields, not {value!r}"
+        elif kind is float and type(value) in (int, float):
             values[name] = float(value)
+            line = "" if math.isfinite(value) else f"={value!r}: must be finite"
         elif type(value) is not kind:
-            problems.append(f"--{where}.{name}={value!r}: must be {kind.__name__}, not {type(value).__name__}")
+            line = f"={value!r}: must be {kind.__name__}, not {type(value).__name__}"
         else:
             values[name] = value
-    return cls(**values) if not problems else cls()
+        if line:
+            problems.append(f"--{where}.{name}{line}")
+            wrong.add(f"{where}.{name}".removeprefix("config."))
+    return cls(**values)
 
 
 def _contradictions(c: Config) -> list[str]:
@@ -258,11 +271,7 @@ def _contradictions(c: Config) -> list[str]:
         if not holds:
             found.append(f"--config.{line}")
 
-    target = c.target
-    need(
-        target == "sft" or (target[:1] == "m" and target[1:].isdigit() and int(target[1:]) >= 1),
-        f"target={target}: sft, m1, m2, ...",
-    )
+    need(bool(re.fullmatch(r"sft|m[1-9][0-9]*", c.target)), f"target={c.target}: sft, m1, m2, ...")
     for name, value in (
         ("param_dtype", c.model.param_dtype),
         ("compute_dtype", c.model.compute_dtype),

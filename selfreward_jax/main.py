@@ -39,7 +39,10 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
         return
     config = configs.from_config_dict(cli.parse_config(arguments.config, overrides))
     name = os.path.basename(arguments.config).replace(".py", "").replace(":", "-")
-    launch.start(config, epath.Path(arguments.workdir or f"runs/{name}"), arguments)
+    root = arguments.workdir or f"runs/{name}"
+    if "://" not in root:  # checkpoints need an absolute path
+        root = os.path.abspath(os.path.expanduser(root))
+    launch.start(config, epath.Path(root), arguments)
 
 
 def main() -> int:

@@ -26,7 +26,7 @@ def llama2_70b() -> Config:
 
 def llama2_7b() -> Config:
     """The same recipe on Llama 2 7B, for one host of accelerators."""
-    return _with(Config(), model={"source": "meta-llama/Llama-2-7b-hf", "parameters": 6_738_415_616})
+    return _with(Config(), model={"source": "meta-llama/Llama-2-7b-hf", "parameters": 6_738_415_616}, prompts={"model": "meta-llama/Llama-2-7b-chat-hf"})
 
 
 def demo() -> Config:
@@ -45,7 +45,7 @@ def demo() -> Config:
         sft=sft,
         eft={"source": "file", "train_sets": 0, "eval_sets": 8, "max_share": 0.4},
         prompts={
-            "per_iteration": 16, "requests": 8, "max_rounds": 6, "max_new_tokens": 160, "top_up": "seed",
+            "model": "", "per_iteration": 16, "requests": 8, "max_rounds": 6, "max_new_tokens": 160, "top_up": "seed",
         },
         responses={"max_new_tokens": 96},
         judge={"max_new_tokens": 64},

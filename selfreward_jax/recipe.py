@@ -102,6 +102,10 @@ def stages(config: Config) -> list[Stage]:
     return out
 
 
+# Fields that may name a file of the user: what a stage makes depends on what is in it.
+_FILES = ("data.oasst", "data.validation", "eft.file", "prompts.source", "judge.template", "model.chat_template")
+
+
 def _training(model: str, make: Callable, settings: tuple[str, ...], inputs: tuple[str, ...]) -> Stage:
     scratch = (f"{model}/checkpoints",)
     return Stage(
@@ -153,13 +157,15 @@ def _iteration(config: Config, model: str, before: str, seeds: tuple[str, ...]) 
 
 
 def settings_of(config: Config, stage: Stage) -> dict[str, Any]:
-    """The fields that decide a stage's result, by dotted name."""
+    """The fields that decide a stage's result, by dotted name; a field that names a local file, with its sha256."""
     free = free_fields()
-    return {
-        name: value
-        for name, value in flat(config).items()
-        if name not in free and any(name == some or name.startswith(f"{some}.") for some in stage.settings)
-    }
+    found: dict[str, Any] = {}
+    for name, value in flat(config).items():
+        if name not in free and any(name == some or name.startswith(f"{some}.") for some in stage.settings):
+            found[name] = value
+            if name in _FILES and value and epath.Path(value).exists() and not epath.Path(value).is_dir():
+                found[f"{name} (sha256)"] = workdir.manifest(epath.Path(value))
+    return found
 
 
 def check_stop(config: Config, stop_after: str) -> None:
@@ -181,6 +187,7 @@ def build(config: Config, root: epath.Path, open_run: Callable[[], Run], stop_af
     plan = stages(config)
     for stage in plan:
         if workdir.is_done(root, stage.name):
+            _clear(root, stage)  # a kill may have come between the record and the clearing
             say(f"[{stage.name}] done before")
         else:
             run = run or open_run()
@@ -188,6 +195,12 @@ def build(config: Config, root: epath.Path, open_run: Callable[[], Run], stop_af
         if stage.name == stop_after:
             return
     report.write(root, models(config.target), [stage.name for stage in plan])
+
+
+def _clear(root: epath.Path, stage: Stage) -> None:
+    for name in stage.scratch:
+        if (root / name).exists():
+            (root / name).rmtree()
 
 
 def _do(run: Run, config: Config, root: epath.Path, stage: Stage) -> None:
@@ -202,7 +215,5 @@ def _do(run: Run, config: Config, root: epath.Path, stage: Stage) -> None:
         raise workdir.disk_error(error.filename or root, error) from error
     seconds = time.monotonic() - began
     workdir.finish(root, stage.name, at(stage.inputs), at(stage.outputs), seconds, facts)
-    for path in at(stage.scratch):
-        if path.exists():
-            path.rmtree()
+    _clear(root, stage)
     say(f"[{stage.name}] done in {seconds:.1f} s")

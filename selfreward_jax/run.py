@@ -12,7 +12,7 @@ from etils import epath
 from selfreward_jax import workdir
 from selfreward_jax.config import Config, TrainConfig
 from selfreward_jax.data import batches
-from selfreward_jax.data.chat import Chat, encode_prompt
+from selfreward_jax.data.chat import Chat, encode_prompt, load_chat
 from selfreward_jax.data.records import Pair, read_records, to_json
 from selfreward_jax.model import llama
 from selfreward_jax.observe.progress import progress
@@ -22,7 +22,7 @@ from selfreward_jax.sharding.rules import shardings
 from selfreward_jax.training import checkpoint
 from selfreward_jax.training.optimizer import Optimizer
 from selfreward_jax.training.trainer import Plan
-from selfreward_jax.weights.source import Source, load_params
+from selfreward_jax.weights.source import Source, load_params, open_source
 
 
 @dataclasses.dataclass
@@ -82,12 +82,30 @@ def take_params(run: Run, model: str) -> llama.Params:
 
 
 def engine(run: Run, params: llama.Params) -> engines.Engine:
-    """A sampler over these parameters."""
+    """A sampler over these parameters of the run's own model."""
+    return _engine(run, run.source, run.chat, params)
+
+
+def prompt_writer(run: Run) -> tuple[engines.Engine, Chat]:
+    """The model that writes new prompts, fixed in advance, and its tokenizer: `prompts.model`, or M0 itself.
+
+    Another model's parameters are held in place of the run's own, in the compute dtype: they are never trained.
+    """
+    name = run.config.prompts.model
+    if not name or name == run.config.model.source:
+        return engine(run, params_of(run, "m0")), run.chat
+    run.held = None
+    source = open_source(name)
+    chat = load_chat(source.tokenizer, "own" if source.tokenizer.chat_template else "llama2", source.eos_ids)
+    return _engine(run, source, chat, load_params(source, run.mesh, run.config.model.compute_dtype)), chat
+
+
+def _engine(run: Run, source: Source, chat: Chat, params: llama.Params) -> engines.Engine:
     training = compute(run.config)
     return engines.Engine(
-        run.source.config, dataclasses.replace(training, remat="none"),
-        dataclasses.replace(training, remat="none", unroll=min(run.config.model.decode_unroll, run.source.config.layers)),
-        params, run.mesh, run.chat.stop_ids, run.chat.vocabulary, run.config.engine.rows, run.config.engine.pad,
+        source.config, dataclasses.replace(training, remat="none"),
+        dataclasses.replace(training, remat="none", unroll=min(run.config.model.decode_unroll, source.config.layers)),
+        params, run.mesh, chat.stop_ids, chat.vocabulary, run.config.engine.rows, run.config.engine.pad,
     )  # fmt: skip
 
 

@@ -43,26 +43,37 @@ def judge_rows(file: str, low: int, high: int) -> list[dict[str, Any]]:
         low, high: range of the scores.
 
     Raises:
-        UserError: a line for each row that lacks a field or whose score is out of range, at most ten.
+        UserError: a line for each row that lacks a field, has a wrong one or repeats an id, at most ten.
     """
     path = packaged("judge.jsonl") if file == "seed" else epath.Path(file)
     needed = {"instruction": str, "response": str, "justification": str, "score": int}
-    problems, rows = [], []
+    problems, rows, seen = [], [], set()
     for line, row in read_rows(path):
+        row = {"id": f"line-{line}", "set": f"line-{line}", "split": "train"} | row
         wrong = [
-            f"{name} must be {kind.__name__}" for name, kind in needed.items() if not isinstance(row.get(name), kind)
+            f"{name} must be {kind.__name__}"
+            for name, kind in ({"id": str, "set": str} | needed).items()
+            if type(row.get(name)) is not kind
         ]
+        if row["split"] not in ("train", "heldout"):
+            wrong.append(f"split {row['split']!r} is not train or heldout")
         if not wrong and not low <= row["score"] <= high:
             wrong = [f"score {row['score']} is outside {low}..{high}"]
+        if not wrong and row["id"] in seen:
+            wrong = [f"id {row['id']!r} was there before"]
         problems += [f"{path}:{line}: {', '.join(wrong)}"] if wrong else []
-        rows.append({"id": f"line-{line}", "set": f"line-{line}", "split": "train"} | row)
+        seen.add(str(row["id"]))
+        rows.append(row)
     if problems:
         raise UserError(*problems[:10])
     return rows
 
 
 def held_out_sets(rows: list[dict[str, Any]]) -> list[RankedSet]:
-    """Held-out judge examples as ranked sets: replies to one instruction, ranked by the score they were given."""
+    """Held-out judge examples as ranked sets: replies to one instruction, ranked by the score they were given.
+
+    A set whose scores are all the same orders nothing and is left out.
+    """
     sets: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["split"] == "heldout":
@@ -71,7 +82,8 @@ def held_out_sets(rows: list[dict[str, Any]]) -> list[RankedSet]:
     for name, members in sorted(sets.items()):
         order = sorted({row["score"] for row in members}, reverse=True)
         ranks = tuple(order.index(row["score"]) for row in members)
-        out.append(RankedSet(name, members[0]["instruction"], tuple(row["response"] for row in members), ranks))
+        if len(order) > 1:
+            out.append(RankedSet(name, members[0]["instruction"], tuple(row["response"] for row in members), ranks))
     return out
 
 
@@ -82,16 +94,20 @@ def prompt_texts(file: str, default: str) -> list[tuple[str, str]]:
         file: its path; empty: the packaged `default`.
 
     Raises:
-        UserError: a line for each row without a prompt.
+        UserError: a line for each row without a prompt or with an id that was there before, at most ten.
     """
     path = epath.Path(file) if file else packaged(default)
-    out, problems = [], []
+    out, problems, seen = [], [], set()
     for line, row in read_rows(path):
         text = next((row[name] for name in ("prompt", "text", "instruction") if isinstance(row.get(name), str)), "")
-        if text.strip():
-            out.append((str(row.get("id", f"line-{line}")), text))
-        else:
+        key = str(row.get("id", f"line-{line}"))
+        if not text.strip():
             problems.append(f"{path}:{line}: no text under 'prompt', 'text' or 'instruction'")
+        elif key in seen:  # answers are found again by their prompt's id
+            problems.append(f"{path}:{line}: id {key!r} was there before")
+        else:
+            out.append((key, text))
+        seen.add(key)
     if problems:
         raise UserError(*problems[:10])
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 # Without a terminal (a log file, a pod's log) a line is printed this often, seconds.
-LOG_EVERY = 5.0
+LOG_EVERY = float(os.environ.get("SELFREWARD_LOG_EVERY", "5"))
 
 Advance = Callable[..., None]
 

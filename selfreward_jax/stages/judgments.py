@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from selfreward_jax import workdir
 from selfreward_jax.data.records import Judgment, Prompt, Response, read_records
 from selfreward_jax.errors import UserError
 from selfreward_jax.evaluation import judge
@@ -53,8 +54,13 @@ def make(run: Run, model: str, before: str) -> dict[str, Any]:
     scores = Counter(judgment.score for judgment in judgments if judgment.score is not None)
     parsed = sum(scores.values())
     histogram = dict(sorted(scores.items()))
+    known = workdir.facts(run.root, f"{before}/check")
+    worth = "not measured (--config.eft.eval_sets=0)"
+    if "accuracy" in known:
+        worth = f"{known['accuracy']:.1%} [{known['low']:.1%}, {known['high']:.1%}]"
     say(
-        f"[{model}/judgments] {len(judgments)} judgments by {before.upper()}: {parsed / len(judgments):.1%} gave a score; scores {histogram}"
+        f"[{model}/judgments] {len(judgments)} judgments by {before.upper()}: {parsed / len(judgments):.1%} gave a score;"
+        f" its held-out pairwise accuracy is {worth}; scores {histogram}"
     )
     return {
         "judgments": len(judgments), "parsed": parsed, "scores": histogram, "drops": {"longer than the context": too_long},

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from selfreward_jax import workdir
-from selfreward_jax.data.chat import decode, encode_prompt, encode_text
+from selfreward_jax.data.chat import Chat, decode, encode_prompt, encode_text
 from selfreward_jax.data.records import Example, Prompt, read_records
 from selfreward_jax.data.seeds import prompt_texts
 from selfreward_jax.errors import UserError
 from selfreward_jax.observe.progress import progress, say
-from selfreward_jax.run import Run, engine, fits, params_of, read_ours, sampling, write_records
+from selfreward_jax.run import Run, fits, prompt_writer, read_ours, sampling, write_records
 from selfreward_jax.sampling import engine as engines
 from selfreward_jax.self_instruct import filters
 from selfreward_jax.self_instruct.prompt import (
@@ -96,7 +96,7 @@ def _grow_pool(run: Run, stage: str, wanted: int) -> tuple[list[Prompt], dict[st
     normalise = filters.chat if config.normalise == "chat" else filters.faithful
     pool: list[Prompt] = []
     drops: Counter[str] = Counter()
-    model: engines.Engine | None = None
+    writer: tuple[engines.Engine, Chat] | None = None
     raw = 0
     with progress(stage, wanted, "prompts") as advance:
         for number in range(config.max_rounds):
@@ -108,8 +108,8 @@ def _grow_pool(run: Run, stage: str, wanted: int) -> tuple[list[Prompt], dict[st
                 for prompt in accepted:
                     index.add(prompt.text)
             else:
-                model = model or engine(run, params_of(run, "m0"))
-                texts = _ask(run, model, number, seeds, [prompt.text for prompt in pool])
+                writer = writer or prompt_writer(run)
+                texts = _ask(run, *writer, number, seeds, [prompt.text for prompt in pool])
                 kept, dropped = filters.filter_batch(texts, index, normalise)
                 accepted = [
                     Prompt(f"pool-{number:05d}-{i:03d}", text, "self-instruct") for i, text in enumerate(kept)
@@ -124,7 +124,9 @@ def _grow_pool(run: Run, stage: str, wanted: int) -> tuple[list[Prompt], dict[st
     return pool, {"pool": len(pool), "written": raw, "filtered": dict(drops)}
 
 
-def _ask(run: Run, model: engines.Engine, number: int, seeds: Sequence[str], pool: Sequence[str]) -> list[str]:
+def _ask(
+    run: Run, model: engines.Engine, chat: Chat, number: int, seeds: Sequence[str], pool: Sequence[str]
+) -> list[str]:
     """One round of requests: raw instructions, as the model wrote them."""
     config = run.config.prompts
     how = sampling(run, config)
@@ -133,14 +135,14 @@ def _ask(run: Run, model: engines.Engine, number: int, seeds: Sequence[str], poo
         key = number * config.requests + i
         rng = random.Random(f"{run.config.seed}/{key}")
         shots = pick_demonstrations(seeds, pool, rng, config.seed_demonstrations, config.generated_demonstrations)
-        ids = encode_text(run.chat, build_request(shots))
-        if fits(run, ids, how.max_new_tokens):
+        ids = encode_text(chat, build_request(shots))
+        if len(ids) + how.max_new_tokens <= model.config.context:
             requests.append(engines.Request(tuple(ids), (key,)))
     texts: list[str] = []
     first = config.seed_demonstrations + config.generated_demonstrations + 1
     for _, completions, _ in engines.run(model, how, requests, run.config.seed, "prompts"):
         for (completion,) in completions:
-            written = decode(run.chat, completion.ids)
+            written = decode(chat, completion.ids)
             if config.normalise == "faithful":
                 texts += split_completion_faithful(cut_answers(written), completion.finish_reason)
             else:

@@ -123,7 +123,8 @@ def apply_gradient(
     gradients = jax.tree.map(lambda g: g / total[1], total[0])
     updates, state = optimizers.make(spec).update(gradients, state, params)
     zero = jax.tree.map(jnp.zeros_like, total)
-    return optax.apply_updates(params, updates), state, zero, optax.tree.norm(gradients)
+    updated: Any = optax.apply_updates(params, updates)
+    return updated, state, zero, optax.tree.norm(gradients)
 
 
 @partial(jax.jit, static_argnames=("config", "compute", "chunk"))

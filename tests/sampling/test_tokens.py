@@ -62,9 +62,8 @@ def logits():
 # --- the distribution -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("window", "falls_back"), [(VOCABULARY, False), (30, False), (5, True)], ids=["whole", "window", "fallback"]
-)
+# The window of 2 widens to 32 and that of 5 to all 50.
+@pytest.mark.parametrize(("window", "falls_back"), [(VOCABULARY, False), (30, False), (2, True), (5, True)])
 def test_the_distribution_is_the_nucleus(window, falls_back, logits, mesh):
     sampling = Sampling(temperature=0.7, top_p=0.9, window=window)
     want = nucleus(logits, 0.7, 0.9)
@@ -102,7 +101,7 @@ def test_temperature_comes_before_the_nucleus(mesh):
 
 # --- the support ----------------------------------------------------------------------------------------------------
 
-wide_logits = arrays(np.float32, (16,), elements=st.floats(-60, 60, width=32, allow_subnormal=False))
+wide_logits = arrays(np.float32, (20,), elements=st.floats(-60, 60, width=32, allow_subnormal=False))
 
 
 @settings(max_examples=60)
@@ -121,17 +120,20 @@ def test_never_outside_the_nucleus(mesh_of, logits, temperature, top_p, first):
 
 @settings(max_examples=40)
 @given(wide_logits, st.integers(0, 1000))
-def test_window_and_whole_sort_choose_the_same(mesh_of, logits, first):
+def test_every_window_chooses_the_same(mesh_of, logits, first):
+    """4 of 20 widens to all, 1 of 20 to 16 and then to all."""
     with jax.set_mesh(mesh_of((1, 1, 1))):
-        window, whole = (
-            draw(logits, Sampling(0.7, 0.9, window=size), np.arange(first, first + 64)) for size in (4, 16)
-        )
-    np.testing.assert_array_equal(window[0], whole[0])
-    np.testing.assert_allclose(window[1], whole[1], rtol=1e-6, atol=1e-6)
+        by_size = {
+            size: draw(logits, Sampling(0.7, 0.9, window=size), np.arange(first, first + 64)) for size in (1, 4, 20)
+        }
+    whole = by_size[20]
     assert not whole[2].any()
-    mass = np.sort(nucleus(logits, 0.7, 1.0))[-4:].sum()
-    if abs(mass - 0.9) > 1e-4:
-        assert (window[2] == (mass < 0.9)).all()
+    for size in (1, 4):
+        np.testing.assert_array_equal(by_size[size][0], whole[0])
+        np.testing.assert_allclose(by_size[size][1], whole[1], rtol=1e-6, atol=1e-6)
+        mass = np.sort(nucleus(logits, 0.7, 1.0))[-size:].sum()
+        if abs(mass - 0.9) > 1e-4:
+            assert (by_size[size][2] == (mass < 0.9)).all()
 
 
 def test_one_flat_row_sends_its_batch_to_the_sort(mesh):

@@ -90,6 +90,9 @@ def test_a_stopped_run_continues_to_the_same_bits(run, tmp_path, small, mesh, ra
 
     # Stopped after a checkpoint; and killed between two. The parameters that a resumed run is given do not count.
     run("stopped", on_checkpoint=lambda number, _: number == 2)
+    assert (
+        tmp_path / "stopped" / "checkpoints" / "2"
+    ).exists()  # the save, which runs beside the loop, is waited for
     assert len(rows_of(tmp_path, "stopped")) == 2
     with pytest.raises(InterruptedError):
         run("killed", collate=failing(after=7))  # in the fourth update, after a checkpoint at the second
@@ -120,7 +123,6 @@ def test_metrics_rows_and_the_short_last_batch(run, tmp_path, items, capsys):
         assert set(row) == {"step", "loss", "grad_norm", "tokens", "tokens_per_s"}
         assert row["grad_norm"] > 0
         assert row["tokens_per_s"] > 0
-    assert rows[-1]["loss"] < rows[0]["loss"]
     assert summary["updates"] == 5
     assert summary["loss"] == pytest.approx(np.mean([row["loss"] for row in rows[-3:]]))  # an epoch: three updates
 

@@ -1,0 +1,463 @@
+"""The config: errors all at once, the paper's values, and no field that nothing reads."""
+
+import ast
+import dataclasses
+import functools
+import json
+import re
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from selfreward_jax import config as configs
+from selfreward_jax import presets
+from selfreward_jax.config import Config, ModelConfig, flat, free_fields, from_config_dict, to_config_dict
+from selfreward_jax.errors import UserError
+
+PACKAGE = Path(configs.__file__).parent
+GROUPS = {field.name: field.default for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default)}
+
+
+def changed(base=None, **groups):
+    """A checked config: the tiny preset (or `base`) with fields of groups changed."""
+    raw = to_config_dict(base or presets.tiny())
+    for name, value in groups.items():
+        if isinstance(value, dict):
+            for field, new in value.items():
+                raw[name][field] = new
+        else:
+            raw[name] = value
+    return from_config_dict(raw)
+
+
+# Errors.
+
+
+def lines_of(call):
+    with pytest.raises(UserError) as caught:
+        call()
+    assert all("\n" not in line for line in caught.value.args)
+    return list(caught.value.args)
+
+
+def test_everything_that_is_wrong_is_said_at_once_one_line_each():
+    raw = to_config_dict(presets.tiny()).to_dict()
+    raw["epohcs"] = 3
+    raw["dpo"]["betta"] = 0.1
+    raw["dpo"]["beta"] = "0.1"
+    raw["sft"]["batch"] = True
+    raw["data"] = 7
+    raw["judge"]["top_p"] = float("nan")
+    raw["responses"]["n"] = 1  # a contradiction
+    raw["eft"]["source"] = "magic"  # another
+    lines = lines_of(lambda: from_config_dict(ConfigDict(raw)))
+    assert sorted(line.split(":")[0] for line in lines) == [
+        "--config.data",
+        "--config.dpo.beta='0.1'",
+        "--config.dpo.betta",
+        "--config.eft.source=magic",
+        "--config.epohcs",
+        "--config.judge.top_p=nan",
+        "--config.responses.n=1",
+        "--config.sft.batch=True",
+    ]
+    assert "--config.dpo.beta='0.1': must be float, not str" in lines
+    assert any("betta: no such field; known are lr, " in line for line in lines)
+
+
+def test_a_field_of_the_wrong_type_makes_no_contradiction_of_its_own():
+    raw = to_config_dict(presets.tiny()).to_dict()
+    raw["sft"]["lr"] = "3e-3"  # the default, 5.5e-6, is below tiny's lr_end
+    assert lines_of(lambda: from_config_dict(ConfigDict(raw))) == [
+        "--config.sft.lr='3e-3': must be float, not str"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("target", "m0", "sft, m1, m2"),
+        ("target", "m²", "sft, m1, m2"),
+        ("target", "dpo", "sft, m1, m2"),
+        ("model.param_dtype", "bfloat16", "at lr 1e-6 plain rounding"),
+        ("model.compute_dtype", "float16", "float32 or bfloat16"),
+        ("model.attention", "flash", "auto, plain or mapped"),
+        ("model.remat", "some", "none, dots or full"),
+        ("model.unroll", 0, "at least 1"),
+        ("sft.lr_end", 1.0, "between 0 and sft.lr"),
+        ("sft.microbatch", 99, "not above sft.batch"),
+        ("dpo.epochs", 0, "at least 1"),
+        ("dpo.dropout", 1.0, "in [0, 1)"),
+        ("dpo.keep", 0, "at least 1"),
+        ("dpo.clip", -1.0, "not negative"),
+        ("dpo.b2", 1.0, "b1 and b2 in [0, 1)"),
+        ("dpo.beta", 0.0, "above 0"),
+        ("dpo.reference", "none", "cached or live"),
+        ("eft.source", "web", "build or file"),
+        ("eft.k", 0, "at least 1"),
+        ("eft.max_share", 0.0, "in (0, 1]"),
+        ("prompts.top_up", "all", "none or seed"),
+        ("prompts.normalise", "no", "chat or faithful"),
+        ("prompts.per_iteration", 0, "at least 1"),
+        ("prompts.temperature", -0.5, "not negative"),
+        ("judge.top_p", 0.0, "in (0, 1]"),
+        ("responses.max_new_tokens", 0, "at least 1"),
+        ("responses.temperature", 0.0, "greedy candidates are all the same"),
+        ("judge.k", 0, "at least 1"),
+        ("check.k", 0, "at least 1"),
+        ("judge.high", 0, "below judge.high"),
+        ("engine.rows", 2, "at least responses.n"),
+        ("engine.chunk", 0, "at least 1"),
+        ("data.max_prompt_tokens", 10**6, "below data.max_length"),
+    ],
+)
+def test_a_contradiction_is_one_line_that_names_its_field(field, value, says):
+    raw = to_config_dict(presets.tiny())
+    group, _, name = field.rpartition(".")
+    (raw[group] if group else raw)[name] = value
+    lines = lines_of(lambda: from_config_dict(raw))
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("--config.")
+    assert says in lines[0]
+    assert (group or name) in lines[0]
+
+
+def test_integers_are_taken_for_floats_and_nothing_else_for_anything():
+    raw = to_config_dict(presets.tiny()).to_dict()
+    raw["dpo"]["beta"] = 1
+    made = from_config_dict(ConfigDict(raw))
+    assert made.dpo.beta == 1.0
+    assert type(made.dpo.beta) is float
+    for field, value in {"beta": True, "batch": 4.0, "reference": 3, "epochs": "1"}.items():
+        raw = to_config_dict(presets.tiny()).to_dict()
+        raw["dpo"][field] = value
+        (line,) = lines_of(lambda raw=raw: from_config_dict(ConfigDict(raw)))
+        assert line.startswith(f"--config.dpo.{field}={value!r}: must be ")
+
+
+# Presets and fields.
+
+
+@pytest.mark.parametrize("target", ["sft", "m1", "m2", "m3", "m7"])
+@pytest.mark.parametrize("preset", presets.PRESETS)
+def test_every_preset_survives_the_round_trip(preset, target):
+    raw = presets.get(target, preset)
+    made = from_config_dict(raw)
+    assert made == dataclasses.replace(presets.PRESETS[preset](), target=target)
+    assert to_config_dict(made) == raw
+    # As the class declares them: ml_collections takes the type of an override from the value that is there.
+    kinds = {name: type(value) for name, value in flat(Config()).items()}
+    assert {name: type(value) for name, value in flat(made).items()} == kinds
+
+
+def test_an_unknown_preset_is_one_line_with_the_known_ones():
+    (line,) = lines_of(lambda: presets.get("m3", "large"))
+    assert line == "preset 'large': no such preset; known are llama2_70b, llama2_7b, demo, demo_long, tiny"
+
+
+@pytest.mark.parametrize("name", ["sft", "m1", "m2", "m3"])
+def test_a_config_file_names_the_model_of_the_sequence(name):
+    scope = {}
+    exec((PACKAGE.parent / "configs" / f"{name}.py").read_text(), scope)
+    assert scope["get_config"]().target == name
+    assert from_config_dict(scope["get_config"]()) == dataclasses.replace(presets.llama2_70b(), target=name)
+    assert scope["get_config"]("tiny").model.source == "random:tiny"
+
+
+PAPER = {
+    "sft.lr": 5.5e-6,
+    "sft.lr_end": 1.1e-6,
+    "sft.batch": 16,
+    "sft.dropout": 0.1,
+    "sft.checkpoint_every": 200,
+    "dpo.lr": 1e-6,
+    "dpo.lr_end": 1e-7,
+    "dpo.batch": 16,
+    "dpo.dropout": 0.1,
+    "dpo.beta": 0.1,
+    "dpo.checkpoint_every": 200,
+    "responses.n": 4,
+    "responses.temperature": 0.7,
+    "responses.top_p": 0.9,
+    "judge.k": 3,
+    "judge.temperature": 0.7,
+    "judge.top_p": 0.9,
+    "prompts.temperature": 0.6,
+    "prompts.top_p": 0.9,
+    "prompts.seed_demonstrations": 6,
+    "prompts.generated_demonstrations": 2,
+    "prompts.similarity": 0.7,
+    "prompts.source": "self_instruct",
+}
+PAPER_ELSEWHERE = {
+    "model.source": "meta-llama/Llama-2-70b-hf",
+    "data.ift_examples": 3200,
+    "data.lang": "en",
+    "eft.source": "build",
+    "judge.template": "additive",
+    "judge.low": 0,
+    "judge.high": 5,
+}
+
+
+def sources(cls=Config, prefix=""):
+    """Dotted field name -> metadata."""
+    out = {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.default):
+            out |= sources(type(field.default), f"{prefix}{field.name}.")
+        else:
+            out[prefix + field.name] = dict(field.metadata)
+    return out
+
+
+@pytest.mark.parametrize("preset", ["", "llama2_70b", "llama2_7b"])
+def test_the_default_preset_is_the_paper(preset):
+    made = flat(from_config_dict(presets.get("m2", preset)))
+    wanted = PAPER | PAPER_ELSEWHERE
+    if preset == "llama2_7b":
+        wanted = {name: value for name, value in wanted.items() if name != "model.source"}
+    assert {name: made[name] for name in wanted} == wanted
+
+
+def test_what_the_paper_gives_cites_it_and_what_it_does_not_give_says_so():
+    marks = {name: about["source"] for name, about in sources().items()}
+    for name in PAPER:
+        assert marks[name].startswith("3.1.3"), (name, marks[name])
+    for name, mark in marks.items():
+        cites = re.match(r"\d(\.\d){0,2}\b", mark)
+        ours = re.fullmatch(r"not in the paper: .{3,}", mark)
+        assert bool(cites) != bool(ours), (name, mark)
+    assert {name for name, mark in marks.items() if mark.startswith("3.1.3")} - set(PAPER) == {
+        "data.validation",
+        "prompts.model",
+    }
+
+
+def test_every_field_has_one_line_of_doc_a_source_and_a_freedom():
+    about = sources()
+    assert set(about) == set(flat(Config()))
+    for name, some in about.items():
+        assert set(some) == {"doc", "source", "free"}, name
+        assert some["doc"].strip() == some["doc"] != "", name
+        assert "\n" not in some["doc"] + some["source"], name
+        assert type(some["free"]) is bool, name
+
+
+def test_flat_and_describe_name_every_field_once():
+    made = flat(presets.tiny())
+    assert made["dpo.beta"] == 0.1
+    assert made["target"] == "m3"
+    assert len(made) == sum(len(dataclasses.fields(group)) for group in GROUPS.values()) + 2
+    lines = configs.describe()
+    assert [line.removeprefix("--config.").split("=")[0] for line in lines] == list(flat(Config()))
+    assert "--config.dpo.beta=0.1  strength of the pull to the reference  [3.1.3]" in lines
+
+
+def test_free_fields_are_those_that_change_no_result():
+    free = free_fields()
+    assert free < set(flat(Config()))
+    assert {"target", "mesh.fsdp", "sft.checkpoint_every", "dpo.keep", "model.unroll"} <= free
+    decides = {"seed", "dpo.lr", "sft.lr", "model.source", "model.compute_dtype", "judge.k", "prompts.model"}
+    assert not decides & free
+
+
+@pytest.mark.parametrize(
+    ("target", "names"), [("sft", ["sft"]), ("m1", ["sft", "m1"]), ("m4", ["sft", "m1", "m2", "m3", "m4"])]
+)
+def test_the_sequence_of_models(target, names):
+    assert configs.models(target) == names
+
+
+# A field that nothing reads. A small flow analysis: what is known to be a `Config`, a `Run` or a group of fields is
+# followed through assignments, loops and calls of the package's own functions; a field counts as read where it is an
+# attribute of such an expression.
+
+
+@functools.cache
+def package():
+    """Module name -> source, without the modules that define fields and without those that only estimate."""
+    out = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        if name not in ("selfreward_jax.config", "selfreward_jax.presets", "selfreward_jax.estimate"):
+            out[name] = path.read_text(encoding="utf-8")
+    return out
+
+
+class Reads:
+    """Which fields some modules read: `Reads(modules, fields).found`, dotted names."""
+
+    def __init__(self, modules, fields):
+        self.groups = {name.split(".")[0] for name in fields if "." in name}
+        self.fields = set(fields)
+        self.found = set()
+        self.passed = {}  # function -> {parameter: kinds that its callers pass}
+        self.module = ""
+        trees = {name: ast.parse(text) for name, text in modules.items()}
+        self.functions = {
+            (name, node.name): node
+            for name, tree in trees.items()
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef)
+        }
+        self.imports = {
+            name: {
+                alias.asname or alias.name: (node.module, alias.name)
+                for node in ast.walk(tree)
+                if isinstance(node, ast.ImportFrom)
+                for alias in node.names
+            }
+            for name, tree in trees.items()
+        }
+        state = None
+        while state != (state := (len(self.found), json.dumps(list(self.passed.values()), default=sorted))):
+            for self.module, tree in trees.items():
+                self.scope(tree.body, {})
+
+    def scope(self, body, around):
+        """One function (or module): names first, until they settle, then what is read and passed on."""
+        names = {name: set(kinds) for name, kinds in around.items()}
+        inner = []
+        nodes = []
+        stack = list(body)
+        while stack:
+            node = stack.pop()
+            if isinstance(node, ast.FunctionDef | ast.Lambda):
+                inner.append(node)
+            else:
+                nodes.append(node)
+                stack += ast.iter_child_nodes(node)
+        for _ in range(3):
+            for node in nodes:
+                if isinstance(node, ast.Assign):
+                    for target in node.targets:
+                        self.bind(names, target, node.value)
+                elif isinstance(node, ast.AnnAssign | ast.NamedExpr) and node.value:
+                    self.bind(names, node.target, node.value)
+                elif isinstance(node, ast.For | ast.comprehension):
+                    for item in node.iter.elts if isinstance(node.iter, ast.Tuple | ast.List) else []:
+                        self.bind(names, node.target, item)
+        for node in nodes:
+            if isinstance(node, ast.Attribute):
+                for kind in self.kinds(names, node.value):
+                    name = node.attr if kind == "Config" else f"{kind}.{node.attr}"
+                    self.found |= {name} & self.fields
+            elif isinstance(node, ast.Call):
+                self.call(names, node)
+        for function in inner:
+            own = dict(names)
+            arguments = function.args
+            for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]:
+                kinds = set(self.passed.get(function, {}).get(argument.arg, ()))
+                if argument.annotation is not None and ast.unparse(argument.annotation) in ("Config", "Run"):
+                    kinds.add(ast.unparse(argument.annotation))
+                own[argument.arg] = kinds
+            self.scope(function.body if isinstance(function.body, list) else [function.body], own)
+
+    def bind(self, names, target, value):
+        if isinstance(target, ast.Name):
+            names.setdefault(target.id, set()).update(self.kinds(names, value))
+        elif isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            for one, its in zip(target.elts, value.elts, strict=False):
+                self.bind(names, one, its)
+
+    def kinds(self, names, node):
+        """What an expression may be: "Config", "Run" or the name of a group."""
+        if isinstance(node, ast.Name):
+            return names.get(node.id, set())
+        if isinstance(node, ast.IfExp):
+            return self.kinds(names, node.body) | self.kinds(names, node.orelse)
+        if isinstance(node, ast.BoolOp):
+            return set().union(*(self.kinds(names, value) for value in node.values))
+        if isinstance(node, ast.Attribute):
+            before = self.kinds(names, node.value)
+            return ({"Config"} if "Run" in before and node.attr == "config" else set()) | (
+                {node.attr} & self.groups if "Config" in before else set()
+            )
+        return set()
+
+    def call(self, names, node):
+        callee, arguments = node.func, node.args
+        if isinstance(callee, ast.Name) and callee.id == "partial" and arguments:
+            callee, arguments = arguments[0], arguments[1:]
+        where = self.imports[self.module]
+        if isinstance(callee, ast.Name):
+            key = where.get(callee.id, (self.module, callee.id))
+        elif isinstance(callee, ast.Attribute) and isinstance(callee.value, ast.Name) and callee.value.id in where:
+            key = (".".join(where[callee.value.id]), callee.attr)
+        else:
+            return
+        function = self.functions.get(key)
+        if function is None:
+            return
+        places = [argument.arg for argument in [*function.args.posonlyargs, *function.args.args]]
+        given = list(zip(places, arguments, strict=False))
+        given += [(keyword.arg, keyword.value) for keyword in node.keywords if keyword.arg]
+        for name, value in given:
+            kinds = self.kinds(names, value)
+            if kinds:
+                self.passed.setdefault(function, {}).setdefault(name, set()).update(kinds)
+
+
+def unread(modules, fields):
+    return set(fields) - Reads(modules, fields).found
+
+
+def test_every_field_is_read_by_some_module():
+    assert unread(package(), flat(Config())) == set()
+
+
+@pytest.mark.parametrize("extra", ["model.nobody_reads_this", "check.temperature", "engine.source", "epochs", "mesh.n"])
+def test_a_field_that_nothing_reads_is_found(extra):
+    # The names of some are read, but as fields of other groups.
+    assert unread(package(), [*flat(Config()), extra]) == {extra}
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new", "gone"),
+    [
+        ("stages.train_dpo", "config.dpo.beta", "0.1", {"dpo.beta"}),
+        ("run", "run.config.model.decode_unroll", "1", {"model.decode_unroll"}),
+        ("run", "part.warmup", "0", {"sft.warmup", "dpo.warmup"}),
+        ("run", "part.top_p", "0.9", {"prompts.top_p", "responses.top_p", "judge.top_p"}),
+        ("stages.seed", "data.lang", '"en"', {"data.lang"}),
+        ("stages.prompts", "config.similarity", "0.7", {"prompts.similarity"}),
+        ("stages.train_dpo", "plan(run, config.dpo,", "plan(run, config.sft,", {"dpo.b2", "dpo.eps", "dpo.clip"}),
+    ],
+)
+def test_a_field_whose_last_read_goes_is_found(module, old, new, gone):
+    modules = dict(package())
+    name = f"selfreward_jax.{module}"
+    assert old in modules[name]
+    modules[name] = modules[name].replace(old, new)
+    if old.startswith("plan("):  # the reference pass plans with the same group
+        reference = "selfreward_jax.stages.reference"
+        modules[reference] = modules[reference].replace(old, new)
+        assert gone <= unread(modules, flat(Config()))
+    else:
+        assert unread(modules, flat(Config())) == gone
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("def f(c: Config): return c.g.a", {"g.a"}),
+        ("def f(c: 'Other'): return c.g.a", set()),
+        ("def f(run: Run):\n config = run.config.g\n return config.b", {"g.b"}),
+        ("def f(part): return part.a\ndef g(c: Config): f(c.h)", {"h.a"}),
+        ("def f(part, n): return part.a\ndef g(run: Run): return partial(f, n=1, part=run.config.g)", {"g.a"}),
+        ("def f(c: Config): return [p.b for p in (c.g, c.h)]", {"g.b", "h.b"}),
+        ("def f(c: Config): return [p.b for n, p in (('g', c.g), ('h', c.h))]", {"g.b", "h.b"}),
+        ("def f(c: Config):\n def inner(): return c.g.a\n return inner", {"g.a"}),
+        ("def f(c: Config): return lambda c: c.g.a", set()),
+        ("def f(c: Config): return flat(c), c.seed", {"seed"}),
+        ("def f(c: Config): return 'g.a', flat(c.g)['a']", set()),
+        ("import m\ndef f(c: Config): c.g.a.b", {"g.a"}),
+    ],
+)
+def test_what_counts_as_a_read(text, read):
+    assert Reads({"m": text}, ["g.a", "g.b", "h.a", "h.b", "seed"]).found == read

@@ -1,0 +1,247 @@
+"""The recipe on the tiny preset, and what a user sees when something is wrong."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from selfreward_jax import launch, presets, recipe, workdir
+from selfreward_jax.config import Config, from_config_dict
+from selfreward_jax.data.records import Pair, Prompt, RankedSet, read_records, to_json
+from selfreward_jax.errors import UserError
+from selfreward_jax.run import Run, abstract_params, params_of, write_records
+from selfreward_jax.sharding.mesh import make_mesh
+from selfreward_jax.stages import eft, pairs, prompts, reference, train_dpo
+from selfreward_jax.training import checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def config(**changes: Any) -> Config:
+    raw = presets.get("m3", "tiny")
+    with raw.unlocked():
+        for name, value in changes.items():
+            group, field = name.split("__")
+            raw[group][field] = value
+    return from_config_dict(raw)
+
+
+@pytest.fixture
+def run(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
+    """A run of the tiny preset with its seed split done; `indirect` parameters change config fields."""
+    settings = config(**getattr(request, "param", {}))
+    mesh = make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        opened = launch.open_run(settings, epath.Path(tmp_path), mesh)
+        first = recipe.stages(settings)[0]
+        first.make(opened)
+        yield opened
+
+
+def test_the_target_is_a_loop() -> None:
+    import dataclasses
+
+    for target, expected in (("sft", 3), ("m1", 3), ("m2", 8), ("m5", 8)):
+        names = [stage.name for stage in recipe.stages(dataclasses.replace(config(), target=target))]
+        assert len(names) == len(set(names))
+        assert sum(name.startswith(f"{target}/") for name in names) >= expected, names
+    live = config(dpo__reference="live")
+    assert "m2/reference" not in [stage.name for stage in recipe.stages(live)]
+
+
+def test_each_stage_reads_what_earlier_stages_left() -> None:
+    made: set[str] = set()
+    for stage in recipe.stages(config()):
+        for path in stage.inputs:
+            assert path in made or path.replace("/stages/train.json", "/params") in made, (stage.name, path)
+        made |= set(stage.outputs)
+
+
+def test_no_pair_left_says_why_with_counts(run: Run) -> None:
+    from selfreward_jax.data.records import Judgment, Response
+
+    write_records(run.root / "m2" / "prompts.jsonl", [Prompt("p", "Why?", "file")])
+    write_records(run.root / "m2" / "responses" / "part-0.jsonl", [
+        Response("p", i, "Because.", (5, 6, 2), (-1.0, -1.0, -1.0), "stop") for i in range(2)
+    ])  # fmt: skip
+    write_records(run.root / "m2" / "judgments" / "part-0.jsonl", [
+        Judgment("p", i, 0, "Good.", (7,), "length", None) for i in range(2)
+    ])  # fmt: skip
+    with pytest.raises(UserError, match=r"no pair is left of 1 prompts: \{'unscored': 1\}; judgments with a score: 0 of 2"):
+        pairs.make(run, "m2")
+
+
+def test_prompts_over_the_limit_are_skipped_and_counted(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    rows = [{"prompt": "Name a colour."}, {"prompt": "word " * 900}, {"prompt": "Name a fruit."}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    import dataclasses
+
+    changed = dataclasses.replace(run.config.prompts, source=str(file))
+    run.config = dataclasses.replace(run.config, prompts=dataclasses.replace(changed, top_up="none"))
+    facts = prompts.make(run, "m2")
+    assert facts["prompts"] == 2
+    assert facts["drops"] == {f"over {run.config.data.max_prompt_tokens} tokens": 1}
+    second = read_records(run.root / "m2" / "prompts.jsonl", Prompt)
+    assert [prompt.text for prompt in second] == ["Name a colour.", "Name a fruit."]
+    with pytest.raises(UserError, match="no prompt is left"):
+        prompts.make(run, "m3")  # M2 took both; slices are disjoint
+
+
+def test_top_up_fills_a_short_pool_and_says_so(run: Run, tmp_path: Path) -> None:
+    import dataclasses
+
+    file = tmp_path / "one.jsonl"
+    file.write_text('{"prompt": "Name a colour."}\n')
+    run.config = dataclasses.replace(run.config, prompts=dataclasses.replace(run.config.prompts, source=str(file)))
+    facts = prompts.make(run, "m2")
+    assert facts["sources"] == {"file": 1, "top-up": run.config.prompts.per_iteration - 1}
+    first = {prompt.id for prompt in read_records(run.root / "m2" / "prompts.jsonl", Prompt)}
+    prompts.make(run, "m3")
+    assert not first & {prompt.id for prompt in read_records(run.root / "m3" / "prompts.jsonl", Prompt)}
+
+
+@pytest.mark.parametrize("run", [{"eft__source": "build", "eft__train_sets": 2}], indirect=True)
+def test_building_eft_without_a_yield_names_the_file_way(run: Run) -> None:
+    params = params_of(run, "m0")  # random weights: no judgment has a score
+    run.held = ("sft", params)
+    with pytest.raises(UserError) as caught:
+        eft.make(run)
+    text = str(caught.value)
+    assert "no score for a reply: 2" in text
+    assert "--config.eft.source=file" in text
+
+
+def two_pairs(run: Run) -> None:
+    said = [("Why is grass green?", "Chlorophyll.", "It is."), ("Name a sea.", "The Baltic.", "Rome.")]
+    from selfreward_jax.data.chat import encode_response
+
+    rows = []
+    for number, (prompt, good, bad) in enumerate(said):
+        ids = [(*encode_response(run.chat, text), run.chat.end_of_turn) for text in (good, bad)]
+        rows.append(Pair(f"p{number}", prompt, 0, 1, good, bad, ids[0], ids[1], "4", "1"))
+    write_records(run.root / "m2" / "pairs.jsonl", rows)
+
+
+def test_cached_and_live_reference_train_to_the_same_weights(run: Run) -> None:
+    import dataclasses
+
+    two_pairs(run)
+    trained = {}
+    checkpoint.save_params(run.root / "m1" / "params", params_of(run, "m0"))
+    for kind in ("cached", "live"):
+        run.held = None
+        run.config = dataclasses.replace(run.config, dpo=dataclasses.replace(run.config.dpo, reference=kind, epochs=3))
+        if kind == "cached":
+            reference.make(run, "m2", "m1")
+        facts = train_dpo.make(run, "m2", "m1")
+        assert facts["margin_before"] < 1e-4
+        trained[kind] = jax.device_get(checkpoint.load_params(run.root / "m2" / "params", abstract_params(run)))
+        for leftover in ("checkpoints", "metrics", "params"):
+            (run.root / "m2" / leftover).rmtree()
+    for a, b in zip(jax.tree.leaves(trained["cached"]), jax.tree.leaves(trained["live"]), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+    start = jax.device_get(params_of(run, "m0"))
+    moved = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(trained["live"]), strict=True)]
+    assert max(moved) > 1e-4
+
+
+def test_a_reference_of_other_weights_stops_before_the_first_update(run: Run) -> None:
+    two_pairs(run)
+    checkpoint.save_params(run.root / "m1" / "params", params_of(run, "m0"))
+    reference.make(run, "m2", "m1")
+    path = run.root / "m2" / "reference.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0]["chosen"][0] -= 0.5
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"before the first update the margin is 0\.5"):
+        train_dpo.make(run, "m2", "m1")
+    lines[0]["chosen"].pop()
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"reference.jsonl:1: not the log-probs of pair p0"):
+        train_dpo.make(run, "m2", "m1")
+
+
+def test_ranked_sets_never_overlap_with_ift(run: Run) -> None:
+    from selfreward_jax.data.records import Example
+
+    ift = {example.prompt for example in read_records(run.root / "seed" / "ift.jsonl", Example)}
+    held_out = {ranked.prompt for ranked in read_records(run.root / "seed" / "eft_eval_sets.jsonl", RankedSet)}
+    rest = {example.prompt for example in read_records(run.root / "seed" / "rest.jsonl", Example)}
+    assert not ift & held_out
+    assert not ift & rest
+    assert not rest & held_out
+
+
+def main(*arguments: str, workdir: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "selfreward_jax.main", f"--workdir={workdir}", *arguments]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+
+
+BAD_DATA = {
+    "missing": (None, "no such file"),
+    "empty.jsonl": (b"", "empty"),
+    "broken.jsonl": (b'{"message_tree_id": "a"}\n{not json\n', ":2: not JSON"),
+    "unranked.jsonl.gz": (
+        gzip.compress(
+            json.dumps({
+                "message_tree_id": "t", "prompt": {
+                    "message_id": "t", "text": "Why?", "role": "prompter", "lang": "en",
+                    "replies": [
+                        {"message_id": f"r{i}", "text": f"So {i}.", "role": "assistant", "lang": "en", "replies": []}
+                        for i in range(2)
+                    ],
+                },
+            }).encode()
+        ),
+        "rank",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(BAD_DATA))
+def test_a_bad_data_file_is_one_line_and_nothing_is_lost(name: str, tmp_path: Path) -> None:
+    content, expected = BAD_DATA[name]
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content)
+    done = main("--config=configs/m1.py:tiny", f"--config.data.oasst={file}", workdir=tmp_path / "run")
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) <= 2
+    assert all(line.startswith("error: ") for line in lines), done.stderr
+    assert expected in done.stderr
+    assert str(file) in done.stderr
+
+
+@pytest.mark.slow
+def test_a_changed_config_is_refused_until_override(tmp_path: Path) -> None:
+    first = main("--config=configs/sft.py:tiny", "--stop_after=seed/split", workdir=tmp_path / "run")
+    assert first.returncode == 0, first.stderr
+    record = workdir.record_path(epath.Path(tmp_path / "run"), "seed/split").read_text()
+    again = ("--config=configs/sft.py:tiny", "--stop_after=seed/split", "--config.sft.lr=0.001")
+    refused = main(*again, workdir=tmp_path / "run")
+    assert refused.returncode == 2
+    assert "--config.sft.lr=0.001: this run was begun with 0.003" in refused.stderr
+    assert workdir.record_path(epath.Path(tmp_path / "run"), "seed/split").read_text() == record
+    taken = main(*again, "--resume=override", workdir=tmp_path / "run")
+    assert taken.returncode == 0, taken.stderr
+    assert "[seed/split] done before" in taken.stdout
+
+
+def test_records_read_back(tmp_path: Path) -> None:
+    line = to_json(Prompt("a", "text with \u2028 and \n", "file"))
+    (tmp_path / "x.jsonl").write_text(line + "\n")
+    assert read_records(tmp_path / "x.jsonl", Prompt) == [Prompt("a", "text with \u2028 and \n", "file")]

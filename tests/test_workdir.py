@@ -1,0 +1,120 @@
+"""The run's folder: atomic files, records of stages, the lock, a config that changed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from etils import epath
+
+from selfreward_jax import workdir
+from selfreward_jax.errors import UserError
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> epath.Path:
+    return epath.Path(tmp_path)
+
+
+def test_a_file_is_replaced_whole(root: epath.Path) -> None:
+    workdir.write_text(root / "a" / "b.txt", "one")
+    workdir.write_text(root / "a" / "b.txt", "two")
+    assert (root / "a" / "b.txt").read_text() == "two"
+    assert [path.name for path in (root / "a").iterdir()] == ["b.txt"]
+
+
+def test_a_full_disk_leaves_the_old_file(root: epath.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workdir.write_text(root / "kept.txt", "before")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(type(root), "replace", full)
+    with pytest.raises(UserError, match=r"kept.txt: No space left on device; make room"):
+        workdir.write_text(root / "kept.txt", "after")
+    assert (root / "kept.txt").read_text() == "before"
+    assert [path.name for path in root.iterdir()] == ["kept.txt"]
+
+
+def record(root: epath.Path, **facts: Any) -> None:
+    workdir.finish(root, "m2/pairs", [root / "in.txt"], [root / "out"], 1.5, facts)
+
+
+def test_a_stage_is_done_while_inputs_and_outputs_stand(root: epath.Path) -> None:
+    (root / "in.txt").write_text("in")
+    (root / "out").mkdir()
+    (root / "out" / "part").write_text("12345")
+    assert not workdir.is_done(root, "m2/pairs")
+    record(root, pairs=3)
+    assert workdir.is_done(root, "m2/pairs")
+    assert workdir.facts(root, "m2/pairs") == {"pairs": 3, "seconds": 1.5}
+    (root / "in.txt").write_text("other")
+    assert not workdir.is_done(root, "m2/pairs")
+    (root / "in.txt").write_text("in")
+    assert workdir.is_done(root, "m2/pairs")
+    (root / "out" / "part").write_text("123")
+    assert not workdir.is_done(root, "m2/pairs")
+
+
+def test_partial_output_is_kept_only_with_the_same_settings(root: epath.Path) -> None:
+    (root / "in.txt").write_text("in")
+    part = root / "m2" / "responses"
+    for settings, kept in (({"n": 4}, False), ({"n": 4}, True), ({"n": 8}, False)):
+        part.mkdir(parents=True, exist_ok=True)
+        (part / "part-0").write_text("x")
+        workdir.begin(root, "m2/responses", settings, [root / "in.txt"], [part])
+        assert part.exists() is kept, settings
+    (root / "in.txt").write_text("changed")
+    part.mkdir(parents=True)
+    workdir.begin(root, "m2/responses", {"n": 8}, [root / "in.txt"], [part])
+    assert not part.exists()
+
+
+def test_a_second_process_is_refused_while_the_first_lives(root: epath.Path) -> None:
+    code = (
+        "import sys\nfrom etils import epath\nfrom selfreward_jax import workdir\n"
+        "with workdir.locked(epath.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    repository = str(Path(__file__).resolve().parents[1])
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, os.fspath(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=repository
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"process {child.pid} is working here"), workdir.locked(root):
+        pass
+    child.kill()
+    child.communicate()
+    with workdir.locked(root):  # the system freed it with the process
+        assert (root / ".lock").read_text() == str(os.getpid())
+
+
+def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError) as caught, workdir.locked(epath.Path(tmp_path / "file" / "run")):
+        pass
+    assert len(caught.value.args) == 1
+
+
+def test_a_changed_config_names_the_fields(root: epath.Path) -> None:
+    workdir.check_config(root, {"seed": 0, "dpo.beta": 0.1, "target": "m2"}, {"target"}, override=False)
+    workdir.check_config(root, {"seed": 0, "dpo.beta": 0.1, "target": "m3"}, {"target"}, override=False)
+    with pytest.raises(UserError) as caught:
+        workdir.check_config(root, {"seed": 1, "dpo.beta": 0.2, "target": "m3"}, {"target"}, override=False)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "--config.dpo.beta=0.2: this run was begun with 0.1"
+    assert lines[1] == "--config.seed=1: this run was begun with 0"
+    assert "--resume=override" in lines[2]
+    workdir.check_config(root, {"seed": 1, "dpo.beta": 0.2, "target": "m3"}, {"target"}, override=True)
+    workdir.check_config(root, {"seed": 1, "dpo.beta": 0.2, "target": "m3"}, {"target"}, override=False)
+
+
+def test_a_record_that_is_not_json_says_so(root: epath.Path) -> None:
+    workdir.write_text(workdir.record_path(root, "m2/pairs"), "{")
+    with pytest.raises(UserError, match=r"not JSON on line 1; delete it"):
+        workdir.is_done(root, "m2/pairs")
