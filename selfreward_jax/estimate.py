@@ -12,6 +12,7 @@ from etils import epath
 
 from selfreward_jax import workdir
 from selfreward_jax.config import Config, models
+from selfreward_jax.data.seeds import held_out_sets, judge_rows
 from selfreward_jax.errors import UserError
 
 # Bytes a parameter while training: parameter, two moments, the summed and the new gradient, all float32.
@@ -21,11 +22,11 @@ EFFICIENCY = 0.35
 
 
 def memory_here() -> int:
-    """Bytes that the devices of this job hold together; on a CPU the machine's memory."""
-    devices = jax.devices()
+    """Bytes that the devices of this job hold together, 0 if they don't tell; on a CPU the machine's memory."""
+    devices = jax.local_devices()
     if devices[0].platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return sum((device.memory_stats() or {}).get("bytes_limit", 0) for device in devices)
+    return sum((device.memory_stats() or {}).get("bytes_limit", 0) for device in devices) * jax.process_count()
 
 
 def disk_here(root: epath.Path) -> int | None:
@@ -38,12 +39,27 @@ def disk_here(root: epath.Path) -> int | None:
     return shutil.disk_usage(path).free
 
 
+def disk_used(root: epath.Path) -> int:
+    """Bytes of the files that an earlier start left in a local workdir."""
+    here = os.fspath(root)
+    return sum(
+        os.path.getsize(path)
+        for folder, _, names in os.walk(here)
+        for path in (os.path.join(folder, name) for name in names)
+        if os.path.isfile(path)
+    )
+
+
 def disk_needed(config: Config, parameters: int) -> int:
-    """Peak bytes of the workdir: every model's parameters and export, and the checkpoints of one training stage."""
+    """Peak bytes of the workdir: parameters and export of the models so far, and the checkpoints of the one in training."""
     width = {"float32": 4, "bfloat16": 2}
-    kept = len(models(config.target)) * (width[config.model.param_dtype] + width[config.model.export_dtype])
-    writing = max((part.keep + 1) * 12 if part.checkpoint_every else 0 for part in (config.sft, config.dpo))
-    return parameters * (kept + writing)
+    kept = peak = 0
+    for model in models(config.target):
+        part = config.sft if model in ("sft", "m1") else config.dpo
+        writing = (part.keep + 1) * 12 if part.checkpoint_every else 0
+        peak = max(peak, kept + writing + width[config.model.param_dtype])
+        kept += width[config.model.param_dtype] + width[config.model.export_dtype]
+    return parameters * max(peak, kept)
 
 
 def check_host(config: Config, root: epath.Path, parameters: int) -> None:
@@ -54,13 +70,13 @@ def check_host(config: Config, root: epath.Path, parameters: int) -> None:
     """
     lines = []
     need, have = parameters * TRAINING_BYTES, memory_here()
-    if need > have:
+    if have and need > have:
         lines.append(
             f"training {parameters / 1e9:.2f} billion parameters needs {need / 1e9:,.1f} GB of device memory,"
             f" here are {have / 1e9:,.1f} GB; use the preset :demo (--config=configs/m3.py:demo) or a larger slice"
         )
     need_disk, have_disk = disk_needed(config, parameters), disk_here(root)
-    if have_disk is not None and need_disk > have_disk:
+    if have_disk is not None and need_disk > have_disk + disk_used(root):
         lines.append(
             f"--workdir={root}: {need_disk / 1e9:,.1f} GB needed on disk, {have_disk / 1e9:,.1f} GB are free;"
             " take another folder or the preset :demo"
@@ -72,7 +88,11 @@ def check_host(config: Config, root: epath.Path, parameters: int) -> None:
 def generations(config: Config) -> dict[str, tuple[int, int]]:
     """Completions and new tokens at most, by stage."""
     out: dict[str, tuple[int, int]] = {}
-    check_votes = (config.check.prompts + 3 * max(0, config.eft.eval_sets)) * config.check.k
+    held_out = 3 * max(0, config.eft.eval_sets)
+    if config.eft.source == "file":
+        sets = held_out_sets(judge_rows(config.eft.file, config.judge.low, config.judge.high))
+        held_out += sum(len(ranked.replies) for ranked in sets)
+    check_votes = (config.check.prompts + held_out) * config.check.k
     for model in models(config.target):
         if model == "m1" and config.eft.source == "build":
             judged = 3 * max(0, config.eft.train_sets) * config.eft.k
@@ -80,9 +100,8 @@ def generations(config: Config) -> dict[str, tuple[int, int]]:
         if model not in ("sft", "m1"):
             if config.prompts.source == "self_instruct":
                 # Seven new prompts a request at most; about half are kept (Wang et al. 2023).
-                asked = min(
-                    -(-config.prompts.per_iteration // 3), config.prompts.max_rounds * config.prompts.requests
-                )
+                rounds = -(-config.prompts.per_iteration // (3 * config.prompts.requests))
+                asked = min(rounds, config.prompts.max_rounds) * config.prompts.requests
                 out[f"{model}/prompts"] = (asked, asked * config.prompts.max_new_tokens)
             count = config.prompts.per_iteration * config.responses.n
             out[f"{model}/responses"] = (count, count * config.responses.max_new_tokens)

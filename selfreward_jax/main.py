@@ -31,13 +31,15 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from selfreward_jax import cli, launch
+    from selfreward_jax import cli
     from selfreward_jax import config as configs
 
     if arguments.fields:
         print("\n".join(configs.describe()))
         return
     config = configs.from_config_dict(cli.parse_config(arguments.config, overrides))
+    from selfreward_jax import launch  # jax starts here: not before the config is right
+
     name = os.path.basename(arguments.config).replace(".py", "").replace(":", "-")
     root = arguments.workdir or f"runs/{name}"
     if "://" not in root:  # checkpoints need an absolute path

@@ -18,7 +18,9 @@ from selfreward_jax.config import Config, ModelConfig, flat, free_fields, from_c
 from selfreward_jax.errors import UserError
 
 PACKAGE = Path(configs.__file__).parent
-GROUPS = {field.name: field.default for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default)}
+GROUPS = {
+    field.name: field.default for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default)
+}
 
 
 def changed(base=None, **groups):
@@ -71,9 +73,7 @@ def test_everything_that_is_wrong_is_said_at_once_one_line_each():
 def test_a_field_of_the_wrong_type_makes_no_contradiction_of_its_own():
     raw = to_config_dict(presets.tiny()).to_dict()
     raw["sft"]["lr"] = "3e-3"  # the default, 5.5e-6, is below tiny's lr_end
-    assert lines_of(lambda: from_config_dict(ConfigDict(raw))) == [
-        "--config.sft.lr='3e-3': must be float, not str"
-    ]
+    assert lines_of(lambda: from_config_dict(ConfigDict(raw))) == ["--config.sft.lr='3e-3': must be float, not str"]
 
 
 @pytest.mark.parametrize(
@@ -411,35 +411,23 @@ def test_every_field_is_read_by_some_module():
     assert unread(package(), flat(Config())) == set()
 
 
-@pytest.mark.parametrize("extra", ["model.nobody_reads_this", "check.temperature", "engine.source", "epochs", "mesh.n"])
+@pytest.mark.parametrize(
+    "extra", ["model.nobody_reads_this", "check.temperature", "engine.source", "epochs", "mesh.n"]
+)
 def test_a_field_that_nothing_reads_is_found(extra):
     # The names of some are read, but as fields of other groups.
     assert unread(package(), [*flat(Config()), extra]) == {extra}
 
 
-@pytest.mark.parametrize(
-    ("module", "old", "new", "gone"),
-    [
-        ("stages.train_dpo", "config.dpo.beta", "0.1", {"dpo.beta"}),
-        ("run", "run.config.model.decode_unroll", "1", {"model.decode_unroll"}),
-        ("run", "part.warmup", "0", {"sft.warmup", "dpo.warmup"}),
-        ("run", "part.top_p", "0.9", {"prompts.top_p", "responses.top_p", "judge.top_p"}),
-        ("stages.seed", "data.lang", '"en"', {"data.lang"}),
-        ("stages.prompts", "config.similarity", "0.7", {"prompts.similarity"}),
-        ("stages.train_dpo", "plan(run, config.dpo,", "plan(run, config.sft,", {"dpo.b2", "dpo.eps", "dpo.clip"}),
-    ],
-)
-def test_a_field_whose_last_read_goes_is_found(module, old, new, gone):
-    modules = dict(package())
-    name = f"selfreward_jax.{module}"
-    assert old in modules[name]
-    modules[name] = modules[name].replace(old, new)
-    if old.startswith("plan("):  # the reference pass plans with the same group
-        reference = "selfreward_jax.stages.reference"
-        modules[reference] = modules[reference].replace(old, new)
-        assert gone <= unread(modules, flat(Config()))
-    else:
-        assert unread(modules, flat(Config())) == gone
+@pytest.mark.parametrize("name", ["beta", "decode_unroll", "warmup", "top_p", "lang", "similarity", "max_rounds"])
+def test_a_field_that_is_no_longer_read_is_found(name):
+    modules = {module: re.sub(rf"\.{name}\b", ".other", text) for module, text in package().items()}
+    assert unread(modules, flat(Config())) == {field for field in flat(Config()) if field.endswith(f".{name}")}
+
+
+def test_a_group_that_takes_the_place_of_another_is_found():
+    modules = {module: re.sub(r"\.dpo\b", ".sft", text) for module, text in package().items()}
+    assert unread(modules, flat(Config())) == {field for field in flat(Config()) if field.startswith("dpo.")}
 
 
 @pytest.mark.parametrize(
@@ -461,3 +449,191 @@ def test_a_field_whose_last_read_goes_is_found(module, old, new, gone):
 )
 def test_what_counts_as_a_read(text, read):
     assert Reads({"m": text}, ["g.a", "g.b", "h.a", "h.b", "seed"]).found == read
+
+
+# Every `model.*` field does something: change it, and see an output or an error change.
+
+
+@pytest.fixture(scope="module")
+def one_device(mesh_of):
+    import jax
+
+    mesh = mesh_of((1, 1, 1))
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def open_with(tmp_path, mesh, **fields):
+    """The tiny run with fields of `model` changed, as `main` opens it."""
+    from etils import epath
+
+    from selfreward_jax import launch
+
+    return launch.open_run(changed(model=fields), epath.Path(tmp_path), mesh)
+
+
+@functools.cache
+def random_folder(folder):
+    """A Hugging Face folder of the tiny model with other random weights, and a tokenizer without merges."""
+    import jax
+
+    from selfreward_jax.model import llama
+    from selfreward_jax.weights.export import export
+    from selfreward_jax.weights.source import open_source
+
+    source = open_source("random:tiny")
+    params = llama.init(source.config, jax.random.key(1))
+    export(
+        params, source.config, source.tokenizer, folder, "float32", "# Other", generation={}, licence="unknown",
+        base_model="other",
+    )  # fmt: skip
+    path = Path(folder) / "tokenizer.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    state["model"]["merges"] = []
+    path.write_text(json.dumps(state), encoding="utf-8")
+    return str(folder)
+
+
+TOKENS = np.arange(3, 19, dtype=np.int32).reshape(2, 8)
+POSITIONS = np.tile(np.arange(8, dtype=np.int32), (2, 1))
+
+
+def hidden(run):
+    """Hidden states of a forward pass as training and prefilling do it."""
+    import jax
+
+    from selfreward_jax.model import llama
+    from selfreward_jax.run import compute, params_of
+
+    states = llama.hidden_states(run.source.config, compute(run.config), params_of(run, "m0"), TOKENS, POSITIONS)
+    return np.asarray(jax.device_get(states), np.float32)
+
+
+def prompt_ids(run):
+    from selfreward_jax.data.chat import encode_prompt
+
+    return encode_prompt(run.chat, "Why is the sky blue?")
+
+
+def training_program(run):
+    """The jaxpr of a gradient: what XLA is asked to compile."""
+    import jax
+
+    from selfreward_jax.model import llama
+    from selfreward_jax.run import abstract_params, compute
+
+    def loss(params):
+        return llama.hidden_states(run.source.config, compute(run.config), params, TOKENS, POSITIONS).sum()
+
+    return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(jax.grad(loss))(abstract_params(run))))
+
+
+def decoding_program(run):
+    """The lowered program of sampling, as the run's engine calls it."""
+    from selfreward_jax.run import engine, params_of
+    from selfreward_jax.sampling import decode
+    from selfreward_jax.sampling.tokens import Sampling
+    from selfreward_jax.sharding.place import place
+
+    e = engine(run, params_of(run, "m0"))
+    prompts, lengths, keys = (
+        place(x, run.mesh) for x in (TOKENS, np.full(2, 8, np.int32), np.ones((2, 1), np.int32))
+    )
+    lowered = decode.sample.lower(
+        e.config, e.compute, e.decode_compute, Sampling(max_new_tokens=4), np.uint32(0), np.uint32(0), e.vocabulary,
+        e.params, prompts, lengths, keys, (), np.asarray(e.stop_ids, np.int32),
+    )  # fmt: skip
+    return lowered.as_text()
+
+
+def exported_dtypes(run):
+    from safetensors.numpy import load_file
+
+    from selfreward_jax.run import params_of
+    from selfreward_jax.stages import export
+
+    run.held = ("sft", params_of(run, "m0"))
+    export.make(run, "sft")
+    return {str(tensor.dtype) for tensor in load_file(run.root / "sft" / "model" / "model.safetensors").values()}
+
+
+def changes_source(folder, tmp_path, mesh):
+    other = open_with(tmp_path, mesh, source=random_folder(folder))
+    assert np.abs(hidden(other) - hidden(open_with(tmp_path, mesh))).max() > 0.1
+    with pytest.raises(UserError, match=r"--config\.model\.source=random:large: random weights come in one size"):
+        open_with(tmp_path, mesh, source="random:large")
+
+
+def changes_tokenizer(folder, tmp_path, mesh):
+    before, after = open_with(tmp_path, mesh), open_with(tmp_path, mesh, tokenizer=random_folder(folder))
+    assert len(prompt_ids(after)) > len(prompt_ids(before))  # no merges: a letter a token
+    with pytest.raises(UserError, match=r"--config\.model\.tokenizer"):
+        open_with(tmp_path, mesh, tokenizer=str(tmp_path / "config.json"))
+
+
+def changes_chat_template(folder, tmp_path, mesh):
+    file = tmp_path / "mine.jinja"
+    file.write_text(
+        "{% for m in messages %}<|im_start|>{{ m['role'] }} says: {{ m['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant says: {% endif %}"
+    )
+    before = prompt_ids(open_with(tmp_path, mesh))
+    assert prompt_ids(open_with(tmp_path, mesh, chat_template=str(file))) != before
+    assert prompt_ids(open_with(tmp_path, mesh, chat_template="llama2")) != before
+    with pytest.raises(UserError, match=r"--config\.model\.chat_template: use 'own'"):
+        open_with(tmp_path, mesh, chat_template="mine")
+
+
+def changes_parameters(folder, tmp_path, mesh):
+    from etils import epath
+
+    from selfreward_jax import launch
+
+    arguments = Namespace(stop_after="", dry_run=False, resume="strict")
+    with pytest.raises(UserError, match=r"training 1000000\.00 billion parameters needs 20,000,000\.0 GB"):
+        launch.start(changed(model={"parameters": 10**15}), epath.Path(tmp_path / "run"), arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def changes_param_dtype(folder, tmp_path, mesh):
+    with pytest.raises(UserError, match=r"--config\.model\.param_dtype=bfloat16"):
+        changed(model={"param_dtype": "bfloat16"})
+
+
+def changes_compute_dtype(folder, tmp_path, mesh):
+    wide, narrow = hidden(open_with(tmp_path, mesh)), hidden(open_with(tmp_path, mesh, compute_dtype="bfloat16"))
+    assert 1e-4 < np.abs(wide - narrow).max() < 0.5
+
+
+def changes_export_dtype(folder, tmp_path, mesh):
+    assert exported_dtypes(open_with(tmp_path, mesh)) == {"float32"}
+    assert exported_dtypes(open_with(tmp_path, mesh, export_dtype="bfloat16")) == {"bfloat16"}
+
+
+def changes_unroll(folder, tmp_path, mesh):
+    before, after = open_with(tmp_path, mesh), open_with(tmp_path, mesh, unroll=2)
+    np.testing.assert_allclose(hidden(before), hidden(after), atol=1e-5)
+    assert training_program(before) != training_program(after)
+
+
+def changes_decode_unroll(folder, tmp_path, mesh):
+    before, after = open_with(tmp_path, mesh), open_with(tmp_path, mesh, decode_unroll=2)
+    assert decoding_program(before) != decoding_program(after)
+    assert training_program(before) == training_program(after)
+
+
+def changes_attention(folder, tmp_path, mesh):
+    plain, mapped = (open_with(tmp_path, mesh, attention=form) for form in ("plain", "mapped"))
+    np.testing.assert_allclose(hidden(plain), hidden(mapped), atol=1e-5)
+    assert training_program(plain) != training_program(mapped)
+
+
+def changes_remat(folder, tmp_path, mesh):
+    programs = [training_program(open_with(tmp_path, mesh, remat=how)) for how in ("none", "dots", "full")]
+    assert len(set(programs)) == 3
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ModelConfig)])
+def test_every_model_field_changes_an_output_or_an_error(field, tmp_path, tmp_path_factory, one_device):
+    """A new field of `ModelConfig` fails here until it has its `changes_FIELD`."""
+    globals()[f"changes_{field}"](tmp_path_factory.getbasetemp() / "other-model", tmp_path, one_device)

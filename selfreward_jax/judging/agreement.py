@@ -115,6 +115,18 @@ def interval(sets: Sequence[PairCounts], seed: int, n: int = 2000) -> tuple[floa
     return float(low), float(high)
 
 
+def against_chance(sets: Sequence[PairCounts], seed: int) -> tuple[float, float, float]:
+    """Accuracy with half a point for a tie or a missing score, and its 95 % interval: a guesser gets 50 % in this count.
+
+    Where ties count as wrong, a judge that gives everything the same score lies far below 50 % and looks worse than
+    one that guesses. Returns (accuracy, low, high); (0.5, 0, 1) with too few sets to say anything.
+    """
+    halves = [PairCounts(2 * some.right + some.tied + some.missing, 0, 0, 2 * some.total) for some in sets]
+    if len(halves) < FEWEST_CLUSTERS:
+        return 0.5, 0.0, 1.0
+    return sum(halves, start=PairCounts()).accuracy, *interval(halves, seed)
+
+
 def thin_most_common(scores: Sequence[int], max_share: float, seed: int) -> Thinned:
     """Drops examples of the most common score at random until its share is at most `max_share` (paper 3.1.1).
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from selfreward_jax import workdir
 
 COLUMNS = (
-    "model", "loss", "parse rate", "judge accuracy [95 %]", "own score", "candidates' score", "pairs kept",
+    "model", "loss", "parse rate", "judge accuracy [95 %]", "ties half [95 %]", "own score", "candidates' score", "pairs kept",
     "pairs dropped", "end of turn", "tokens", "seconds",
 )  # fmt: skip
 
@@ -24,17 +24,17 @@ def row(root: epath.Path, model: str, stages: list[str]) -> list[str]:
     """One model's cells, in the order of `COLUMNS`; "-" where a model has no such figure."""
     facts = {name.split("/")[1]: workdir.facts(root, name) for name in stages if name.startswith(f"{model}/")}
     train, check = facts.get("train", {}), facts.get("check", {})
-    judgments, pairs = facts.get("judgments", {}), facts.get("pairs", {})
-    parsed = check.get("parsed", 0) + judgments.get("parsed", 0)
-    judged = check.get("judgments", 0) + judgments.get("judgments", 0)
-    accuracy = "-"
+    pairs = facts.get("pairs", {})
+    parsed = check["parsed"] / check["judgments"] if check.get("judgments") else None
+    accuracy = half = "-"
     if check.get("pairs"):
         accuracy = f"{check['accuracy']:.1%} [{check['low']:.1%}, {check['high']:.1%}] of {check['pairs']}"
+        half = f"{check['half']:.1%} [{check['half_low']:.1%}, {check['half_high']:.1%}]"
     dropped = ", ".join(f"{reason} {count}" for reason, count in pairs.get("drops", {}).items()) or "-"
     seconds = sum(some.get("seconds", 0.0) for some in facts.values())
     ended = check.get("ended", 0) / check["answers"] if check.get("answers") else None
     return [
-        model, _number(train.get("loss"), ".4f"), _number(parsed / judged if judged else None, ".1%"), accuracy,
+        model, _number(train.get("loss"), ".4f"), _number(parsed, ".1%"), accuracy, half,
         _number(check.get("own_score"), ".2f"), _number(pairs.get("mean_score"), ".2f"),
         _number(pairs.get("pairs"), "d"), dropped, _number(ended, ".1%"), _number(check.get("mean_tokens"), ".1f"),
         f"{seconds:.0f}",
@@ -48,9 +48,10 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 NOTES = """
-loss: mean over the last epoch (SFT: nats a target token; DPO: nats a pair). parse rate: judgments by this model (held-out replies, its
-own answers, and for M2 on those of the model before it) that gave a score. judge accuracy: pairs of held-out ranked replies in the
-human order, ties and missing scores counted as wrong; bootstrap over prompts; an interval that includes 50 % claims nothing. own score:
+loss: mean over the last epoch (SFT: nats a target token; DPO: nats a pair). parse rate: judgments of held-out replies that gave a
+score. judge accuracy: pairs of held-out ranked replies in the data's order, ties and missing scores counted as wrong; bootstrap over
+prompts. ties half: the same with half a point for a tie or a missing score, so that guessing gets 50 %; an interval that includes 50 %
+claims nothing. own score:
 mean score that the model gives its own answers to the validation prompts (each model is its own judge, so rows don't compare quality).
 candidates' score, pairs: of the data that this model was trained on. end of turn, tokens: of its answers to the validation prompts.
 """

@@ -9,7 +9,7 @@ from selfreward_jax.data.records import Judgment, RankedSet, Response
 from selfreward_jax.data.seeds import prompt_texts
 from selfreward_jax.evaluation import judge
 from selfreward_jax.judging import templates
-from selfreward_jax.judging.agreement import PairCounts, interval, pairwise
+from selfreward_jax.judging.agreement import PairCounts, against_chance, interval, pairwise
 from selfreward_jax.judging.scores import mean_score
 from selfreward_jax.observe.progress import say
 from selfreward_jax.run import Run, fits, params_of, read_ours, sample_parts, sampling
@@ -103,14 +103,16 @@ def _judge_accuracy(run: Run, model: str) -> dict[str, Any]:
     parsed = sum(vote.score is not None for vote in all_votes)
     total = sum(counts, start=PairCounts())
     low, high = interval(counts, run.config.seed)
+    half, half_low, half_high = against_chance(counts, run.config.seed)
     accuracy = total.right / total.total
-    verdict = "includes chance (50 %)" if low <= 0.5 <= high else "excludes chance (50 %)"
+    verdict = "no better or worse than chance can be claimed" if half_low <= 0.5 <= half_high else "not chance"
     say(
-        f"[{model}/check] judge: {parsed / max(1, len(all_votes)):.1%} of judgments gave a score; held-out pairwise accuracy"
-        f" {accuracy:.1%} [{low:.1%}, {high:.1%}] of {total.total} pairs ({total.tied} tied, {total.missing} without a"
-        f" score); the interval {verdict}"
+        f"[{model}/check] judge: {parsed / max(1, len(all_votes)):.1%} of judgments gave a score; held-out pairwise"
+        f" accuracy {accuracy:.1%} [{low:.1%}, {high:.1%}] of {total.total} pairs ({total.tied} tied, {total.missing}"
+        f" without a score); with half a point for those {half:.1%} [{half_low:.1%}, {half_high:.1%}]: {verdict}"
     )
     return {
         "judgments": len(all_votes), "parsed": parsed, "pairs": total.total, "right": total.right, "tied": total.tied,
         "missing": total.missing, "accuracy": round(accuracy, 4), "low": round(low, 4), "high": round(high, 4),
+        "half": round(half, 4), "half_low": round(half_low, 4), "half_high": round(half_high, 4),
     }  # fmt: skip

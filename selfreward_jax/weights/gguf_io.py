@@ -96,6 +96,7 @@ def read_config(path: Path) -> LlamaConfig:
     take("rope.scaling.original_context_length", 0)
     if scaling not in ("none", "linear"):
         problems.append(f"{path}: llama.rope.scaling.type is {scaling!r}; supported are none and linear")
+    window = int(take("attention.sliding_window", 0))
     config = LlamaConfig(
         vocab_size=int(take("vocab_size", len(tokens) or None)),
         embed=embed,
@@ -108,7 +109,8 @@ def read_config(path: Path) -> LlamaConfig:
         rope_theta=_decimal(take("rope.freq_base", 10_000.0)),
         rope_scaling=RopeScaling("linear", factor) if scaling == "linear" or factor != 1.0 else RopeScaling(),
         norm_eps=_decimal(take("attention.layer_norm_rms_epsilon")),
-        sliding_window=int(take("attention.sliding_window", 0)),
+        sliding_window=window,
+        family="mistral" if window else "llama",  # a gguf of Mistral calls itself llama; the window tells them apart
         bos_ids=_ids(meta, "bos"),
         eos_ids=_ids(meta, "eos", "eot"),
         pad_id=int(meta.get("tokenizer.ggml.padding_token_id", -1)),

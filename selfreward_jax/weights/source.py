@@ -212,7 +212,7 @@ def _tokenizer(place: str) -> PreTrainedTokenizerFast:
     with tempfile.TemporaryDirectory(prefix="selfreward_tokenizer_") as scratch:
         local = os.fspath(folder)
         if not folder.is_dir():
-            local = os.fspath(fetch.hub(place, weights=False))
+            local = os.fspath(fetch.hub(place, weights=False, option="--config.model.tokenizer"))
         elif safetensors_io.is_remote(folder):
             for name in _DESCRIPTION:
                 if (folder / name).exists():

@@ -72,6 +72,7 @@ def kill_in(stage: str, offset: int, workdir: Path, cache: Path) -> bool:
                 break
             seen += 1
     child.send_signal(signal.SIGKILL)
+    child.stdout.close()
     child.wait()
     return not record.exists()
 
