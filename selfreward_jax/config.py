@@ -272,6 +272,7 @@ def _contradictions(c: Config) -> list[str]:
             found.append(f"--config.{line}")
 
     need(bool(re.fullmatch(r"sft|m[1-9][0-9]*", c.target)), f"target={c.target}: sft, m1, m2, ...")
+    need(0 <= c.seed < 2**32, f"seed={c.seed}: from 0 to 2**32 - 1")
     for name, value in (
         ("param_dtype", c.model.param_dtype),
         ("compute_dtype", c.model.compute_dtype),

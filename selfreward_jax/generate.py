@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from typing import Any
 
@@ -46,8 +47,10 @@ def _check(arguments: argparse.Namespace) -> None:
     for name in ("samples", "max_new_tokens", "rows"):
         if getattr(arguments, name) < 1:
             problems.append(f"--{name}={getattr(arguments, name)}: at least 1")
-    if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
+    if not 0 <= arguments.temperature < math.inf or not 0 < arguments.top_p <= 1:
         problems.append("--temperature is not negative and --top_p is in (0, 1]")
+    if not 0 <= arguments.seed < 2**32:
+        problems.append(f"--seed={arguments.seed}: from 0 to 2**32 - 1")
     if problems:
         raise UserError(*problems)
 

@@ -40,6 +40,8 @@ def answer(arguments: argparse.Namespace, prompts: Sequence[tuple[str, str]]) ->
         say(
             f"skipped {len(prompts) - len(kept)} of {len(prompts)} prompts: longer than the context of {source.config.context}"
         )
+    if not requests:
+        return
     mesh = make_mesh(1, -1, 1)
     with jax.set_mesh(mesh):
         params = load_params(source, mesh, arguments.dtype)

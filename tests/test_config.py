@@ -82,6 +82,7 @@ def test_a_field_of_the_wrong_type_makes_no_contradiction_of_its_own():
         ("target", "m0", "sft, m1, m2"),
         ("target", "m²", "sft, m1, m2"),
         ("target", "dpo", "sft, m1, m2"),
+        ("seed", -1, "from 0 to 2**32 - 1"),
         ("model.param_dtype", "bfloat16", "at lr 1e-6 plain rounding"),
         ("model.compute_dtype", "float16", "float32 or bfloat16"),
         ("model.attention", "flash", "auto, plain or mapped"),

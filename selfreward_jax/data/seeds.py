@@ -49,7 +49,7 @@ def judge_rows(file: str, low: int, high: int) -> list[dict[str, Any]]:
     needed = {"instruction": str, "response": str, "justification": str, "score": int}
     problems, rows, seen = [], [], set()
     for line, row in read_rows(path):
-        row = {"id": f"line-{line}", "set": f"line-{line}", "split": "train"} | row
+        row: dict[str, Any] = {"id": f"line-{line}", "set": f"line-{line}", "split": "train"} | row
         wrong = [
             f"{name} must be {kind.__name__}"
             for name, kind in ({"id": str, "set": str} | needed).items()
