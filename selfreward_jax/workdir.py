@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
 from etils import epath
 
@@ -176,27 +176,29 @@ def locked(root: epath.Path) -> Iterator[None]:
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        if "://" in str(root):  # object stores have no locks that die with a process
-            yield
-            return
-        import fcntl  # POSIX only; imported here so that reading a workdir works elsewhere
-
-        with open(os.fspath(root / ".lock"), "a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                owner = file.read().strip() or "?"
-                raise UserError(
-                    f"--workdir={root}: process {owner} is working here; wait for it or stop it"
-                ) from error
-            file.seek(0)
-            file.truncate()
-            file.write(str(os.getpid()))
-            file.flush()
-            yield
+        # Object stores have no locks that die with a process.
+        held = contextlib.nullcontext() if "://" in str(root) else open(os.fspath(root / ".lock"), "a+")  # noqa: SIM115
     except OSError as error:
         raise disk_error(root, error) from error
+    with held as file:
+        if file is not None:
+            _hold(root, file)
+        yield
+
+
+def _hold(root: epath.Path, file: IO[str]) -> None:
+    import fcntl  # POSIX only; imported here so that reading a workdir works elsewhere
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        owner = file.read().strip() or "?"
+        raise UserError(f"--workdir={root}: process {owner} is working here; wait for it or stop it") from error
+    file.seek(0)
+    file.truncate()
+    file.write(str(os.getpid()))
+    file.flush()
 
 
 def check_config(root: epath.Path, resolved: Mapping[str, Any], free: set[str], override: bool) -> None:

@@ -142,7 +142,6 @@ def train(
     base = jax.random.key(plan.seed)
     pending: tuple[int, int, list[step.Metrics], jax.Array] | None = None
     reported = time.monotonic()
-    history: list[dict[str, float]] = []
 
     def report() -> str:
         """Fetches the update before this one: one late, so that the device never waits for the host."""
@@ -159,7 +158,6 @@ def train(
                 f"[{name}] update {at}: loss {row['loss']}, gradient norm {row['grad_norm']}; lower the lr"
             )
         write(row)
-        history.append(row)
         return " ".join(
             f"{key} {row[key]:.3g}" for key in ("loss", "accuracy", "margin", "tokens_per_s") if key in row
         )
