@@ -62,7 +62,7 @@ def demo_long() -> Config:
     return _with(
         demo(),
         data={"ift_examples": 80},
-        sft={"epochs": 5},
+        sft={"epochs": 6},  # 432 presentations of judge examples
         eft={"eval_sets": 24},
         prompts={"per_iteration": 128, "requests": 16, "max_rounds": 40},
         check={"prompts": 64},

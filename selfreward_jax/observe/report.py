@@ -48,12 +48,16 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 NOTES = """
-loss: mean over the last epoch (SFT: nats a target token; DPO: nats a pair). parse rate: judgments of held-out replies that gave a
-score. judge accuracy: pairs of held-out ranked replies in the data's order, ties and missing scores counted as wrong; bootstrap over
-prompts. ties half: the same with half a point for a tie or a missing score, so that guessing gets 50 %; an interval that includes 50 %
-claims nothing. own score:
-mean score that the model gives its own answers to the validation prompts (each model is its own judge, so rows don't compare quality).
-candidates' score, pairs: of the data that this model was trained on. end of turn, tokens: of its answers to the validation prompts.
+- loss: mean over the last epoch. SFT: nats a target token; DPO: nats a pair.
+- parse rate: judgments of held-out replies that gave a score.
+- judge accuracy: pairs of held-out ranked replies in the data's order; ties and missing scores count as wrong; the interval
+  is a bootstrap over prompts.
+- ties half: the same with half a point for a tie or a missing score, so that guessing gets 50 %. An interval that includes
+  50 % claims nothing.
+- own score: mean score that the model gives its own answers to the validation prompts. Each model is its own judge, so rows
+  don't compare quality.
+- candidates' score, pairs: of the data that this model was trained on.
+- end of turn, tokens: of its answers to the validation prompts.
 """
 
 
