@@ -124,7 +124,8 @@ def against_chance(sets: Sequence[PairCounts], seed: int) -> tuple[float, float,
     halves = [PairCounts(2 * some.right + some.tied + some.missing, 0, 0, 2 * some.total) for some in sets]
     if len(halves) < FEWEST_CLUSTERS:
         return 0.5, 0.0, 1.0
-    return sum(halves, start=PairCounts()).accuracy, *interval(halves, seed)
+    accuracy = sum(halves, start=PairCounts()).accuracy
+    return 0.5 if accuracy is None else accuracy, *interval(halves, seed)
 
 
 def thin_most_common(scores: Sequence[int], max_share: float, seed: int) -> Thinned:

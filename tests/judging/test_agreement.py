@@ -9,7 +9,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfreward_jax.judging.agreement import PairCounts, agrees, interval, pairwise, thin_most_common
+from selfreward_jax.judging.agreement import PairCounts, against_chance, agrees, interval, pairwise, thin_most_common
 
 FAST = settings(deadline=None, max_examples=100, database=None)
 
@@ -139,3 +139,18 @@ def test_only_the_most_common_score_is_thinned_and_no_more_than_needed(given_, t
         assert thin.before[score] == max(thin.before.values())
         left, total = thin.after.get(score, 0), sum(thin.after.values())
         assert left <= share * total < share * (total + 1) < left + 1  # one more would be too many
+
+
+def test_a_judge_that_gives_all_the_same_score_is_at_chance() -> None:
+    lazy = [PairCounts(right=0, tied=3, missing=0, total=3)] * 10
+    assert against_chance(lazy, seed=0) == (0.5, 0.5, 0.5)
+    assert interval(lazy, seed=0)[1] < 0.5  # counted as wrong it looks worse than a guess
+    good = [PairCounts(right=3, total=3)] * 9 + [PairCounts(right=1, tied=1, missing=1, total=3)]
+    accuracy, low, high = against_chance(good, seed=0)
+    assert accuracy == pytest.approx((27 + 1 + 1) / 30)
+    assert 0.5 < low <= accuracy <= high <= 1.0
+
+
+def test_too_few_sets_say_nothing_about_chance() -> None:
+    assert against_chance([PairCounts(right=3, total=3)] * 3, seed=0) == (0.5, 0.0, 1.0)
+    assert against_chance([PairCounts()] * 10, seed=0) == (0.5, 0.0, 1.0)
