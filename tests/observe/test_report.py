@@ -102,7 +102,7 @@ def test_the_report_is_printed_and_written_with_the_seconds_of_every_stage(root,
     text = (root / "report.md").read_text()
     assert text.startswith(f"# Run {root.name}\n\n{table}")
     assert report.NOTES in text
-    assert "an interval that includes 50 % claims nothing" in " ".join(text.split())
+    assert "An interval that includes 50 % claims nothing" in " ".join(text.split())
     assert "| stage | seconds |\n| --- | --- |\n| seed/split | 10.0 |\n| sft/train | 11.0 |\n" in text
     assert "m1/check" not in text  # no record of it
 
