@@ -10,6 +10,7 @@ import pytest
 
 from selfreward_jax.data.batches import Row, Shape
 from selfreward_jax.model import llama
+from selfreward_jax.sharding.place import place
 from selfreward_jax.training import step, trainer
 from selfreward_jax.training.logprobs import Batch
 from selfreward_jax.training.optimizer import Optimizer, make
@@ -181,5 +182,5 @@ def test_dpo_starts_at_ln_2(rows, small, mesh, random_params):
     total, weight, metrics = step.dpo_objective(batch, logps, beta=0.1)
     assert float(total / weight) == pytest.approx(math.log(2), rel=1e-6)
     assert abs(float(metrics["margin"][0])) < 1e-6
-    shifted = batch._replace(reference=jnp.roll(batch.reference, 1))
+    shifted = batch._replace(reference=place(np.roll(np.asarray(batch.reference), 1), mesh))
     assert abs(float(step.dpo_objective(shifted, logps, beta=0.1)[0] / weight) - math.log(2)) > 1e-2
