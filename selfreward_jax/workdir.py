@@ -141,16 +141,12 @@ def finish(
         facts: counts, drops by reason and figures, for the closing line and the report.
     """
     path = record_path(root, stage)
-    before = 0.0
-    mark = path.with_suffix(".begun.json")
-    if mark.exists():
-        before = float(read_json(mark).get("seconds", 0.0))
     record = {
-        "stage": stage, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": round(before + seconds, 3),
+        "stage": stage, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": round(seconds, 3),
         "facts": dict(facts), "inputs": _entry(root, inputs), "outputs": _entry(root, outputs),
     }  # fmt: skip
     write_json(path, record)
-    mark.unlink(missing_ok=True)
+    path.with_suffix(".begun.json").unlink(missing_ok=True)
 
 
 def facts(root: epath.Path, stage: str) -> dict[str, Any]:
