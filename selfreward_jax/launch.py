@@ -17,7 +17,7 @@ from selfreward_jax.run import Run
 from selfreward_jax.sharding.mesh import make_mesh
 from selfreward_jax.sharding.rules import check_divides
 from selfreward_jax.weights.fetch import cache_folder
-from selfreward_jax.weights.source import Source, open_source
+from selfreward_jax.weights.source import open_source
 
 
 def use_compilation_cache(folder: str) -> None:
@@ -27,9 +27,9 @@ def use_compilation_cache(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def open_run(config: Config, root: epath.Path, mesh: jax.sharding.Mesh, source: Source | None = None) -> Run:
+def open_run(config: Config, root: epath.Path, mesh: jax.sharding.Mesh) -> Run:
     """Opens tokenizer and model description; weights are read when a stage asks for them."""
-    source = source or open_source(config.model.source, config.model.tokenizer or None)
+    source = open_source(config.model.source, config.model.tokenizer or None)
     check_divides(llama.logical_axes(source.config), llama.abstract(source.config), mesh)
     estimate.check_host(config, root, source.config.parameter_count())
     return Run(config, root, mesh, source, load_chat(source.tokenizer, config.model.chat_template, source.eos_ids))

@@ -26,7 +26,11 @@ def llama2_70b() -> Config:
 
 def llama2_7b() -> Config:
     """The same recipe on Llama 2 7B, for one host of accelerators."""
-    return _with(Config(), model={"source": "meta-llama/Llama-2-7b-hf", "parameters": 6_738_415_616}, prompts={"model": "meta-llama/Llama-2-7b-chat-hf"})
+    return _with(
+        Config(),
+        model={"source": "meta-llama/Llama-2-7b-hf", "parameters": 6_738_415_616},
+        prompts={"model": "meta-llama/Llama-2-7b-chat-hf"},
+    )
 
 
 def demo() -> Config:

@@ -14,6 +14,7 @@ from selfreward_jax.config import Config, TrainConfig
 from selfreward_jax.data import batches
 from selfreward_jax.data.chat import Chat, encode_prompt, load_chat
 from selfreward_jax.data.records import Pair, read_records, to_json
+from selfreward_jax.judging import templates
 from selfreward_jax.model import llama
 from selfreward_jax.observe.progress import progress
 from selfreward_jax.sampling import engine as engines
@@ -146,6 +147,17 @@ def write_records(path: epath.Path, records: Sequence[Any]) -> None:
 def read_ours(path: epath.Path, cls: type) -> list[Any]:
     """Records of a file that the run wrote; it may hold none (a user's empty file is an error, ours is not)."""
     return read_records(path, cls) if path.stat().length else []
+
+
+def read_parts(directory: epath.Path, cls: type) -> list[Any]:
+    """Records of all part files of a finished stage, in order."""
+    files = sorted(directory.iterdir(), key=lambda path: path.name)
+    return [record for file in files for record in read_ours(file, cls)]
+
+
+def judge_template(run: Run) -> templates.Template:
+    """The judge prompt of the config, with its range of scores."""
+    return templates.load(run.config.judge.template, run.config.judge.low, run.config.judge.high)
 
 
 def sample_parts(

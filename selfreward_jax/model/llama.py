@@ -142,7 +142,7 @@ class Block(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """The whole parameter tree; `layers` is one block here and gets its leading L axis in `_stacked`."""
+    """The whole parameter tree; `layers` is one block here and gets its leading L axis in `abstract` and `init`."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.embed = _kernel(config, rngs, (config.vocab_size, config.embed), ("vocab", "embed"))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
+from selfreward_jax.data.chat import common_prefix
 from selfreward_jax.model import llama
 from selfreward_jax.model.attention import Keys
 from selfreward_jax.model.config import LlamaConfig
@@ -116,12 +117,8 @@ def run(
 
 def _shared_prefix(requests: Sequence[Request]) -> tuple[int, ...]:
     """The longest common start of all prompts, one token short of the shortest: each needs one of its own."""
-    first, last = min(request.ids for request in requests), max(request.ids for request in requests)
     limit = min(len(request.ids) for request in requests) - 1
-    same = 0
-    while same < limit and first[same] == last[same]:
-        same += 1
-    return first[:same]
+    return tuple(common_prefix([request.ids for request in requests])[:limit])
 
 
 def _collect(sampled: decode.Sampled, requests: int, samples: int) -> tuple[list[list[Completion]], dict[str, int]]:

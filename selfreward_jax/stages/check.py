@@ -8,11 +8,10 @@ from selfreward_jax.data.chat import decode, encode_prompt
 from selfreward_jax.data.records import Judgment, RankedSet, Response
 from selfreward_jax.data.seeds import prompt_texts
 from selfreward_jax.evaluation import judge
-from selfreward_jax.judging import templates
 from selfreward_jax.judging.agreement import PairCounts, against_chance, interval, pairwise
 from selfreward_jax.judging.scores import mean_score
 from selfreward_jax.observe.progress import say
-from selfreward_jax.run import Run, fits, params_of, read_ours, sample_parts, sampling
+from selfreward_jax.run import Run, fits, judge_template, params_of, read_ours, sample_parts, sampling
 from selfreward_jax.sampling.engine import Completion, Request
 
 
@@ -60,7 +59,7 @@ def _own_scores(run: Run, model: str, texts: dict[str, str], answers: list[Respo
 def _judge(run: Run, model: str, name: str, items: list[tuple[str, int, str, str]]) -> list[list[Judgment]]:
     """Judgments of (id, index, instruction, response) items, in their order; [] for what does not fit."""
     config = run.config
-    template = templates.load(config.judge.template, config.judge.low, config.judge.high)
+    template = judge_template(run)
     how = sampling(run, config.judge)
     kept, requests = [], []
     for place, (_, _, instruction, response) in enumerate(items):

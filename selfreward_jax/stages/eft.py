@@ -14,12 +14,12 @@ from selfreward_jax.judging import templates
 from selfreward_jax.judging.agreement import agrees, thin_most_common
 from selfreward_jax.judging.scores import mean_score
 from selfreward_jax.observe.progress import say
-from selfreward_jax.run import Run, fits, params_of, read_ours, sample_parts, sampling, write_records
+from selfreward_jax.run import Run, fits, judge_template, params_of, read_ours, sample_parts, sampling, write_records
 
 
 def from_file(run: Run) -> dict[str, Any]:
     """EFT from judge examples: the target is the justification, then the score line."""
-    template = templates.load(run.config.judge.template, run.config.judge.low, run.config.judge.high)
+    template = judge_template(run)
     rows = judge_rows(run.config.eft.file, template.low, template.high)
     rows = [row for row in rows if row["split"] == "train"]
     examples = [
@@ -47,7 +47,7 @@ def build(run: Run) -> dict[str, Any]:
         UserError: with the yield table, if nothing was accepted.
     """
     config = run.config
-    template = templates.load(config.judge.template, config.judge.low, config.judge.high)
+    template = judge_template(run)
     sets = read_ours(run.root / "seed" / "eft_train_sets.jsonl", RankedSet)
     how = sampling(run, config.judge)
     items, requests, yields = [], [], Counter[str]()

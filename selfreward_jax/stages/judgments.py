@@ -9,9 +9,8 @@ from selfreward_jax import workdir
 from selfreward_jax.data.records import Judgment, Prompt, Response, read_records
 from selfreward_jax.errors import UserError
 from selfreward_jax.evaluation import judge
-from selfreward_jax.judging import templates
 from selfreward_jax.observe.progress import say
-from selfreward_jax.run import Run, fits, params_of, read_ours, sample_parts, sampling
+from selfreward_jax.run import Run, fits, judge_template, params_of, read_ours, read_parts, sample_parts, sampling
 from selfreward_jax.sampling.engine import Completion
 
 
@@ -22,14 +21,10 @@ def make(run: Run, model: str, before: str) -> dict[str, Any]:
         UserError: if no response leaves room for a judgment.
     """
     config = run.config.judge
-    template = templates.load(config.template, config.low, config.high)
+    template = judge_template(run)
     texts = {prompt.id: prompt.text for prompt in read_records(run.root / model / "prompts.jsonl", Prompt)}
     how = sampling(run, config)
-    responses: list[Response] = [
-        response
-        for file in sorted((run.root / model / "responses").iterdir(), key=lambda path: path.name)
-        for response in read_ours(file, Response)
-    ]
+    responses: list[Response] = read_parts(run.root / model / "responses", Response)
     items, requests, too_long = [], [], 0
     for response in responses:
         made = judge.request(run.chat, template, texts[response.prompt_id], response.text, len(items), config.k)

@@ -12,12 +12,7 @@ from selfreward_jax.evaluation.judge import score_of
 from selfreward_jax.judging.pairs import Candidate, choose_pair
 from selfreward_jax.judging.scores import mean_score
 from selfreward_jax.observe.progress import say
-from selfreward_jax.run import Run, pair_rows, read_ours, write_records
-
-
-def _rows(run: Run, model: str, name: str, cls: type) -> list[Any]:
-    files = sorted((run.root / model / name).iterdir(), key=lambda path: path.name)
-    return [record for file in files for record in read_ours(file, cls)]
+from selfreward_jax.run import Run, pair_rows, read_parts, write_records
 
 
 def make(run: Run, model: str) -> dict[str, Any]:
@@ -28,10 +23,10 @@ def make(run: Run, model: str) -> dict[str, Any]:
     """
     prompts = read_records(run.root / model / "prompts.jsonl", Prompt)
     responses: dict[str, list[Response]] = {}
-    for response in _rows(run, model, "responses", Response):
+    for response in read_parts(run.root / model / "responses", Response):
         responses.setdefault(response.prompt_id, []).append(response)
     votes: dict[tuple[str, int], list[Fraction | None]] = {}
-    for judgment in _rows(run, model, "judgments", Judgment):
+    for judgment in read_parts(run.root / model / "judgments", Judgment):
         votes.setdefault((judgment.prompt_id, judgment.response_index), []).append(score_of(judgment))
     pairs: list[Pair] = []
     drops: Counter[str] = Counter()

@@ -90,7 +90,7 @@ def make(run: Run, model: str, before: str) -> dict[str, Any]:
         items = _cached(run, model, pairs)
         collate = trainer.collate_pairs
     margin = _check_start(run, model, how, params_of(run, before), items, collate)
-    objective = _objective(config.dpo.beta)
+    objective = partial(step.dpo_objective, beta=config.dpo.beta)
     params, summary = trainer.train(
         f"{model}/train", run.source.config, compute(config), how, run.mesh, take_params(run, before), items, collate,
         objective, run.root / model,
@@ -98,7 +98,3 @@ def make(run: Run, model: str, before: str) -> dict[str, Any]:
     checkpoint.save_params(run.root / model / "params", params)
     run.held = (model, params)
     return {"pairs": len(pairs), "margin_before": margin, **summary}
-
-
-def _objective(beta: float) -> step.Objective:
-    return partial(step.dpo_objective, beta=beta)
