@@ -96,12 +96,15 @@ def split_completion(completion: str, finish_reason: str, first_number: int = 9)
     return [item.strip() for item in items if item.strip()]
 
 
-def split_completion_faithful(completion: str, finish_reason: str) -> list[str]:
+def split_completion_faithful(completion: str, finish_reason: str, last_number: int = 16) -> list[str]:
     """The raw instructions as Self-Instruct takes them: nothing from a completion that hit the length limit.
 
-    Otherwise everything between numbered lines, whatever the numbers are. The original relies on the sampler
-    to stop at a blank line and at item 16; where it does not, apply `cut_answers` first.
+    Otherwise everything between numbered lines, whatever the numbers are. The original's sampler stops at a blank
+    line, at a line that begins with `last_number`, and wherever "16." or "16 ." stands, in "2016." too: the text is
+    cut there, and what was cut did not hit the limit.
     """
-    if finish_reason == "length":
+    stops = ("\n\n", f"\n{last_number}", f"{last_number}.", f"{last_number} .")
+    ends = [place for place in map(completion.find, stops) if place >= 0]
+    if not ends and finish_reason == "length":
         return []
-    return re.split(r"\n\d+\s?\. ", completion)
+    return re.split(r"\n\d+\s?\. ", completion[: min(ends)] if ends else completion)

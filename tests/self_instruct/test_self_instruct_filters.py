@@ -1,9 +1,11 @@
 """The filters of Self-Instruct: each reason, and a novelty verdict equal to rouge_score's."""
 
+import itertools
 import random
 import re
 import string
 import time
+from array import array
 
 import pytest
 from hypothesis import given, settings
@@ -131,9 +133,44 @@ def test_a_batch_is_compared_with_itself():
     assert filter_batch(["where DO all planes land"], index, faithful)[0] == ["Where do all planes land"]
 
 
-TOKENS = st.lists(st.sampled_from(["a", "b", "c", "d", "e", "F", "1", "é", "-", "x-y"]), max_size=24).map(
-    " ".join
-)
+def test_a_prompt_near_an_evaluation_prompt_is_dropped():
+    index = RougeIndex(texts=["Name three tall trees of Europe"])
+    held_out = RougeIndex(texts=["What is the capital of Peru?", "Name three tall trees of Asia"])
+    candidates = [
+        "What is the capital of Chile, Peru?",
+        "Name three tall trees of Africa",  # near both: the evaluation counts
+        "Name three small trees of Europe",
+        "Peru?",  # the cheap rules come first
+        "How many people live in Lima?",
+        "How many people live in Lima now?",
+    ]
+    accepted, drops = filter_batch(candidates, index, chat, held_out)
+    assert accepted == ["How many people live in Lima?"]
+    assert drops == {"near_evaluation": 2, "similar": 2, "too_short": 1}
+    assert set(drops) <= set(filters.REASONS)
+    assert len(held_out) == 2  # what is accepted is no evaluation prompt
+    accepted, drops = filter_batch(candidates, RougeIndex(), held_out=None)
+    assert "near_evaluation" not in drops and accepted[0] == candidates[0]
+
+
+def test_the_evaluation_threshold_is_that_of_its_index():
+    text, near = "Name three tall trees of Asia", "Name three tall trees of Africa"
+    assert filter_batch([near], RougeIndex(), chat, RougeIndex(0.9, [text]))[0] == [near]
+    assert filter_batch([near], RougeIndex(), chat, RougeIndex(0.7, [text]))[1] == {"near_evaluation": 1}
+
+
+def test_the_threshold_itself_is_near_enough_only_above():
+    text = "alpha beta gamma delta epsilon zeta eta theta iota kappa"
+    at_border, above = text.replace("theta iota kappa", "un deux trois"), text.replace("iota kappa", "un deux")
+    assert rouge(text, at_border) == pytest.approx(0.7, abs=1e-12)
+    for candidate in (at_border, above):
+        verdict = rouge(text, candidate) > 0.7
+        assert (
+            filter_batch([candidate], RougeIndex(), chat, RougeIndex(texts=[text]))[1]["near_evaluation"] == verdict
+        )
+
+
+TOKENS = st.lists(st.sampled_from(["a", "b", "c", "d", "e", "F", "1", "é", "-", "x-y"]), max_size=24).map(" ".join)
 
 
 @FAST
@@ -172,15 +209,29 @@ def test_the_threshold_itself_is_decided_by_the_same_rounding():
     assert verdicts == {True, False}
 
 
-def test_a_large_pool_against_rouge_score():
+@pytest.mark.parametrize("threshold", [0.3, 0.7, 0.9])
+def test_a_large_pool_against_rouge_score(threshold):
     rng = random.Random(0)
-    words = [f"w{n}" for n in range(40)]
-    pool = [" ".join(rng.choices(words, k=rng.randint(3, 15))) for _ in range(150)]
-    index = RougeIndex(texts=pool)
-    for text in rng.sample(pool, 15):
-        tokens = [token if rng.random() < 0.75 else rng.choice(words) for token in text.split()]
+    words = [f"w{n}" for n in range(40)] + ["the"] * 10 + ["of"] * 5  # frequent ones, and repeats in a text
+    pool = [" ".join(rng.choices(words, k=rng.randint(1, 25))) for _ in range(150)]
+    index = RougeIndex(threshold, pool)
+    verdicts = set()
+    for text in rng.sample(pool, 20):
+        tokens = [rng.choice(words) if rng.random() < 0.35 else token for token in text.split()]
+        del tokens[: rng.randint(0, len(tokens) // 4)]
         changed = " ".join(tokens)
-        assert index.is_similar(changed) == any(rouge(changed, other) > 0.7 for other in pool)
+        verdicts.add(index.is_similar(changed))
+        assert index.is_similar(changed) == any(rouge(changed, other) > threshold for other in pool)
+    assert True in verdicts and (False in verdicts or threshold < 0.7)
+
+
+def test_entries_of_every_length_are_found():
+    # Prefixes of one text: F of two of them is 2 min(a, b) / (a + b), so the lengths decide alone.
+    words = [f"w{n}" for n in range(40)]
+    for a in range(1, 41):
+        for b in range(1, 41):
+            query, entry = " ".join(words[:a]), " ".join(words[:b])
+            assert RougeIndex(texts=[entry]).is_similar(query) == (rouge(query, entry) > 0.7)
 
 
 def test_other_scripts_are_invisible_to_the_measure():
@@ -188,11 +239,41 @@ def test_other_scripts_are_invisible_to_the_measure():
     assert not index.is_similar("翻译 这 句 话") and rouge("翻译 这 句 话", "翻译 这 句 话") == 0
 
 
+class Read(array):
+    """A posting list that counts what is read of it."""
+
+    total = 0
+
+    def __getitem__(self, place):
+        got = super().__getitem__(place)
+        Read.total += len(got) if isinstance(place, slice) else 0
+        return got
+
+
+def test_frequent_words_are_not_read(monkeypatch):
+    rng = random.Random(0)
+    names = itertools.count()
+
+    def text():
+        words = ["the", "of", "a", "to", *(f"v{rng.randrange(300)}" for _ in range(4))]
+        words += [f"w{next(names)}" for _ in range(6)]
+        return " ".join(rng.sample(words, len(words)))
+
+    index = RougeIndex(texts=[text() for _ in range(3_000)])
+    index._postings = {key: Read("q", entries) for key, entries in index._postings.items()}
+    monkeypatch.setattr(filters, "_lcs_length", lambda *_: pytest.fail("no two share enough rare words"))
+    Read.total = 0
+    for _ in range(20):
+        assert not index.is_similar(text())
+    # The four frequent words are in all 3,000 entries, four others in some 40 each, the rest in none.
+    assert 20 < Read.total / 20 < 200
+
+
 def test_many_instructions_stay_cheap():
     rng = random.Random(1)
     words = [f"w{int(rng.paretovariate(0.6)) % 3000}" for _ in range(20_000)]
-    start = time.perf_counter()
+    start = time.process_time()
     index = RougeIndex(texts=(" ".join(rng.sample(words, 15)) for _ in range(5_000)))
     for _ in range(100):
         index.is_similar(" ".join(rng.sample(words, 15)))
-    assert time.perf_counter() - start < 5.0  # a tenth of a second; rouge_score takes minutes
+    assert time.process_time() - start < 5.0  # a tenth of a second; rouge_score takes minutes
