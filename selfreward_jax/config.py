@@ -70,7 +70,19 @@ class MeshConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     oasst: str = _f(
-        "OpenAssistant/oasst1", "hub name, trees file, flat-row file, or seed (the packaged seed data)", "3.1.1"
+        "OpenAssistant/oasst1",
+        "hub name, trees file, flat-row file, seed (the packaged seed data), or none (with data.ift)",
+        "3.1.1",
+    )
+    ift: str = _f(
+        "",
+        "file or hub name of instruction rows (messages, Alpaca, ShareGPT, prompt and response); empty: data.oasst's",
+        _OURS + "people's own data",
+    )
+    preferences: str = _f(
+        "",
+        "file or hub name of preference rows (prompt, chosen, rejected); for selfreward_jax.train --loss=dpo",
+        _OURS + "people's own data",
     )
     lang: str = _f("en", "language of the messages that are kept", "3.1.1")
     drop_synthetic: bool = _f(False, "leave out messages that a machine wrote", _OURS + "the release marks them")
@@ -114,7 +126,11 @@ class DpoConfig(TrainConfig):
 
 @dataclasses.dataclass(frozen=True)
 class EftConfig:
-    source: str = _f("build", "build (the SFT baseline judges ranked replies) or file (judge examples)", "3.1.1")
+    source: str = _f(
+        "build",
+        "build (the SFT baseline judges ranked replies), file (judge examples) or none (M1 is the SFT baseline)",
+        "3.1.1; none: A.3",
+    )
     file: str = _f(
         "seed", "jsonl of judge examples, or seed (the packaged ones); for source=file", _OURS + "for small models"
     )
@@ -123,6 +139,11 @@ class EftConfig:
     )
     eval_sets: int = _f(190, "ranked prompts held out for judge accuracy", "3.1.1: 541 replies at 2.85 a prompt")
     k: int = _f(1, "judgments of each reply while building", _OURS + "the paper is silent")
+    ties: str = _f(
+        "strict",
+        "strict (equal scores disagree with a human order) or lenient (they neither agree nor disagree)",
+        _OURS + "'agrees' taken at its word",
+    )
     max_share: float = _f(
         0.4, "largest share of the most common score after thinning", _OURS + "the paper says 'not too skewed'"
     )
@@ -132,10 +153,14 @@ class EftConfig:
 class PromptsConfig:
     source: str = _f("self_instruct", "self_instruct, or a jsonl file of prompts", "3.1.3")
     model: str = _f(
-        "meta-llama/Llama-2-70b-chat-hf", "model that writes prompts, fixed in advance; empty: model.source", "3.1.3"
+        "meta-llama/Llama-2-70b-chat-hf",
+        "model that writes prompts, fixed in advance; empty: model.source; current: the model in training (A.5)",
+        "3.1.3, A.5",
     )
-    per_iteration: int = _f(
-        8000, "new prompts an iteration", _OURS + "3,964 and 6,942 pairs were left of its prompts"
+    avoid: tuple[str, ...] = _f(
+        (),
+        "files of evaluation prompts (AlpacaEval's, MT-Bench's, ...); new prompts near one are dropped",
+        _OURS + "our validation and test prompts are always avoided",
     )
     seed_demonstrations: int = _f(6, "demonstrations from the IFT prompts", "3.1.3")
     generated_demonstrations: int = _f(2, "demonstrations from the pool", "3.1.3")
@@ -154,6 +179,30 @@ class PromptsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AiftConfig:
+    """AI feedback training data; a tuple has one value a model from M2 on, and its last goes on for those beyond."""
+
+    method: str = _f("dpo", "dpo (preference pairs), or positives (SFT from M0 with the best answers added)", "A.4")
+    num_prompts: tuple[int, ...] = _f(
+        (8000, 14000), "new prompts a model", _OURS + "twice the 3,964 and 6,942 pairs that were left of the paper's"
+    )
+    max_pairs: tuple[int, ...] = _f((3964, 6942), "most pairs a model, the first are kept; 0: all", "3.1.3")
+    min_judgments: int = _f(1, "judgments with a score that a candidate needs to take part", _OURS + "none is named")
+    tie_break: str = _f(
+        "index", "which of equal means: index (the first) or variance (the least disputed)", _OURS + "none is named"
+    )
+    length_control: tuple[float, ...] = _f(
+        (0.0,),
+        "Meta-Rewarding's rho a model: shortest of the good, longest of the bad; 0: off",
+        _OURS + "Wu et al. 2024",
+    )
+    positive_score: float = _f(5.0, "mean score from which an answer is a positive; for method=positives", "A.4")
+    positive_weight: float = _f(
+        1.0, "loss weight of a positive, seed examples have 1; for method=positives", "A.4 (its value is unpublished)"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class ResponsesConfig:
     n: int = _f(4, "candidates a prompt", "3.1.3")
     temperature: float = _f(0.7, "sampling temperature", "3.1.3")
@@ -163,7 +212,23 @@ class ResponsesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeConfig:
-    template: str = _f("additive", "additive (Figure 2), or a text file", "2.1, Figure 2")
+    model: str = _f(
+        "",
+        "empty: the model itself; a fixed model (demo, gguf, folder, hub name) or an endpoint's URL (Xu et al. 2023)",
+        "2.2",
+    )
+    endpoint_model: str = _f("", "the endpoint's name of the model; for judge.model=URL", _OURS + "its interface")
+    endpoint_per_minute: int = _f(
+        0, "most requests a minute to the endpoint; 0: no limit", _OURS + "your contract", free=True
+    )
+    template: str = _f(
+        "additive", "additive (Figure 2), multiple_choice (Figure 7), or a text file", "2.1, Figure 2; A.2"
+    )
+    score: str = _f(
+        "sampled",
+        "sampled (the score as written) or expected (digits weighted by their probability at its place)",
+        "2.2; expected is not in the paper",
+    )
     low: int = _f(0, "lowest score of the template", "2.2: scores in [0, 5]")
     high: int = _f(5, "highest score of the template", "2.2: scores in [0, 5]")
     k: int = _f(3, "judgments a response, averaged", "3.1.3")
@@ -204,6 +269,7 @@ class Config:
     sft: TrainConfig = TrainConfig()
     eft: EftConfig = EftConfig()
     prompts: PromptsConfig = PromptsConfig()
+    aift: AiftConfig = AiftConfig()
     responses: ResponsesConfig = ResponsesConfig()
     judge: JudgeConfig = JudgeConfig()
     dpo: DpoConfig = DpoConfig()
@@ -254,6 +320,9 @@ def _build(cls: type, raw: dict[str, Any], where: str, problems: list[str], wron
         elif kind is float and type(value) in (int, float):
             values[name] = float(value)
             line = "" if math.isfinite(value) else f"={value!r}: must be finite"
+        elif typing.get_origin(kind) is tuple:
+            made, line = _tuple(value, typing.get_args(kind)[0])
+            values |= {} if line else {name: made}
         elif type(value) is not kind:
             line = f"={value!r}: must be {kind.__name__}, not {type(value).__name__}"
         else:
@@ -262,6 +331,21 @@ def _build(cls: type, raw: dict[str, Any], where: str, problems: list[str], wron
             problems.append(f"--{where}.{name}{line}")
             wrong.add(f"{where}.{name}".removeprefix("config."))
     return cls(**values)
+
+
+def _tuple(value: Any, kind: type) -> tuple[tuple[Any, ...], str]:
+    """A tuple of one type, and "" or what is wrong with the value."""
+    if not isinstance(value, (tuple, list)):
+        return (), f"={value!r}: must be a tuple of {kind.__name__}, not {type(value).__name__}"
+    if kind is float:
+        value = [float(item) if type(item) is int else item for item in value]
+    wrong = [item for item in value if type(item) is not kind or (kind is float and not math.isfinite(item))]
+    return tuple(value), f"={tuple(value)!r}: must hold {kind.__name__} only, not {wrong[0]!r}" if wrong else ""
+
+
+def of_model(values: tuple[Any, ...], model: str) -> Any:
+    """The value of "m2", "m3", ... in a tuple that has one a model; its last goes on for models beyond."""
+    return values[min(int(model[1:]) - 2, len(values) - 1)]
 
 
 def _contradictions(c: Config) -> list[str]:
@@ -308,7 +392,13 @@ def _contradictions(c: Config) -> list[str]:
         need(0 <= part.b1 < 1 and 0 <= part.b2 < 1 and part.eps > 0, f"{name}: b1 and b2 in [0, 1), eps above 0")
     need(c.dpo.beta > 0, f"dpo.beta={c.dpo.beta}: above 0")
     need(c.dpo.reference in ("cached", "live"), f"dpo.reference={c.dpo.reference}: cached or live")
-    need(c.eft.source in ("build", "file"), f"eft.source={c.eft.source}: build or file")
+    need(c.eft.source in ("build", "file", "none"), f"eft.source={c.eft.source}: build, file or none")
+    need(c.eft.ties in ("strict", "lenient"), f"eft.ties={c.eft.ties}: strict or lenient")
+    need(c.data.oasst != "none" or bool(c.data.ift), "data.oasst=none: name instruction rows by --config.data.ift")
+    need(
+        c.data.oasst != "none" or (c.eft.source != "build" and c.eft.eval_sets <= 0),
+        "data.oasst=none: without ranked replies, set --config.eft.source=file or none and --config.eft.eval_sets=0",
+    )
     need(c.eft.k >= 1, f"eft.k={c.eft.k}: at least 1")
     need(0 < c.eft.max_share <= 1, f"eft.max_share={c.eft.max_share}: in (0, 1]")
     need(c.prompts.top_up in ("none", "seed"), f"prompts.top_up={c.prompts.top_up}: none or seed")
@@ -317,9 +407,38 @@ def _contradictions(c: Config) -> list[str]:
         c.prompts.seed_demonstrations + c.prompts.generated_demonstrations >= 1,
         "prompts.seed_demonstrations: at least one demonstration",
     )
+    need(c.prompts.requests >= 1, "prompts.requests: at least 1")
+    for name, values in (
+        ("num_prompts", c.aift.num_prompts), ("max_pairs", c.aift.max_pairs),
+        ("length_control", c.aift.length_control),
+    ):  # fmt: skip
+        need(len(values) >= 1, f"aift.{name}: at least one value")
+    need(min(c.aift.num_prompts, default=1) >= 1, f"aift.num_prompts={c.aift.num_prompts}: at least 1")
+    need(min(c.aift.max_pairs, default=0) >= 0, f"aift.max_pairs={c.aift.max_pairs}: not negative")
     need(
-        c.prompts.per_iteration >= 1 and c.prompts.requests >= 1,
-        "prompts.per_iteration, prompts.requests: at least 1",
+        all(0 <= rho < 0.5 for rho in c.aift.length_control),
+        f"aift.length_control={c.aift.length_control}: in [0, 0.5), where good and bad cannot overlap",
+    )
+    need(c.aift.method in ("dpo", "positives"), f"aift.method={c.aift.method}: dpo or positives")
+    need(c.aift.tie_break in ("index", "variance"), f"aift.tie_break={c.aift.tie_break}: index or variance")
+    need(
+        1 <= c.aift.min_judgments <= max(1, c.judge.k),
+        f"aift.min_judgments={c.aift.min_judgments}: from 1 to judge.k={c.judge.k}",
+    )
+    need(
+        c.judge.high <= c.judge.low or c.aift.positive_score <= c.judge.high,
+        f"aift.positive_score={c.aift.positive_score}: at most judge.high={c.judge.high}",
+    )
+    need(c.aift.positive_weight > 0, f"aift.positive_weight={c.aift.positive_weight}: above 0")
+    need(c.judge.score in ("sampled", "expected"), f"judge.score={c.judge.score}: sampled or expected")
+    endpoint = "://" in c.judge.model and not c.judge.model.startswith(("gs://", "s3://"))
+    need(
+        endpoint == bool(c.judge.endpoint_model),
+        f"judge.endpoint_model={c.judge.endpoint_model!r}: needed with judge.model=URL, and only there",
+    )
+    need(
+        not (endpoint and c.judge.score == "expected"),
+        "judge.score=expected: an endpoint gives no probabilities of all scores; use sampled",
     )
     for name, part in (("prompts", c.prompts), ("responses", c.responses), ("judge", c.judge)):
         need(part.temperature >= 0, f"{name}.temperature={part.temperature}: not negative")

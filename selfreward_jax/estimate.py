@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from selfreward_jax import workdir
-from selfreward_jax.config import Config, models
+from selfreward_jax.config import Config, models, of_model
 from selfreward_jax.data.seeds import held_out_sets, judge_rows
 from selfreward_jax.errors import UserError
 
@@ -98,12 +98,13 @@ def generations(config: Config) -> dict[str, tuple[int, int]]:
             judged = 3 * max(0, config.eft.train_sets) * config.eft.k
             out["m1/eft"] = (judged, judged * config.judge.max_new_tokens)
         if model not in ("sft", "m1"):
+            wanted = of_model(config.aift.num_prompts, model)
             if config.prompts.source == "self_instruct":
                 # Seven new prompts a request at most; about half are kept (Wang et al. 2023).
-                rounds = -(-config.prompts.per_iteration // (3 * config.prompts.requests))
+                rounds = -(-wanted // (3 * config.prompts.requests))
                 asked = min(rounds, config.prompts.max_rounds) * config.prompts.requests
                 out[f"{model}/prompts"] = (asked, asked * config.prompts.max_new_tokens)
-            count = config.prompts.per_iteration * config.responses.n
+            count = wanted * config.responses.n
             out[f"{model}/responses"] = (count, count * config.responses.max_new_tokens)
             out[f"{model}/judgments"] = (count * config.judge.k, count * config.judge.k * config.judge.max_new_tokens)
         tokens = config.check.prompts * config.responses.max_new_tokens + check_votes * config.judge.max_new_tokens
@@ -114,10 +115,13 @@ def generations(config: Config) -> dict[str, tuple[int, int]]:
 def training_tokens(config: Config, model: str) -> int:
     """Rough tokens that a training stage reads: 300 an example of seed data, 600 a judge example."""
     examples = max(0, config.data.ift_examples) * 300
-    if model == "m1":
+    if model != "sft" and config.eft.source != "none":
         examples += (72 if config.eft.source == "file" else 1630) * 600
+    if model not in ("sft", "m1") and config.aift.method == "dpo":
+        pairs = min(of_model(config.aift.num_prompts, model), of_model(config.aift.max_pairs, model) or 10**9)
+        return pairs * 2 * (config.responses.max_new_tokens + 100) * config.dpo.epochs
     if model not in ("sft", "m1"):
-        return config.prompts.per_iteration * 2 * (config.responses.max_new_tokens + 100) * config.dpo.epochs
+        examples += of_model(config.aift.num_prompts, model) * (config.responses.max_new_tokens + 100)
     return examples * config.sft.epochs
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 
 import jax
 from etils import epath
@@ -11,6 +13,7 @@ from etils import epath
 from selfreward_jax import estimate, recipe, workdir
 from selfreward_jax.config import Config, flat, free_fields
 from selfreward_jax.data.chat import load_chat
+from selfreward_jax.judging.endpoint import open_endpoint
 from selfreward_jax.model import llama
 from selfreward_jax.observe.progress import say
 from selfreward_jax.run import Run
@@ -37,19 +40,36 @@ def open_run(config: Config, root: epath.Path, mesh: jax.sharding.Mesh) -> Run:
 
 def start(config: Config, root: epath.Path, arguments: argparse.Namespace) -> None:
     """Runs (or, for --dry_run, describes) the recipe of a config in a folder."""
-    recipe.check_stop(config, arguments.stop_after)
+    plan = recipe.stages(config)
+    recipe.check_stop(plan, arguments.stop_after)
+    if config.judge.endpoint_model:
+        open_endpoint(config.judge.model, config.judge.endpoint_model)  # now, not after hours of sampling
     if config.model.parameters and not arguments.dry_run:
         estimate.check_host(config, root, config.model.parameters)
     if arguments.dry_run:
         parameters = config.model.parameters or open_source(config.model.source).config.parameter_count()
-        names = [stage.name for stage in recipe.stages(config)]
-        print("\n".join(estimate.table(config, root, names, parameters)))
+        print("\n".join(estimate.table(config, root, [stage.name for stage in plan], parameters)))
         return
+    with _working(config, root, arguments.resume) as open_here:
+        recipe.build_loop(config, root, open_here, arguments.stop_after)
+
+
+def train(config: Config, loss: str, root: epath.Path, resume: str) -> None:
+    """Trains on people's own data, without the loop: `recipe.own_stages`."""
+    if config.model.parameters:
+        estimate.check_host(config, root, config.model.parameters)
+    with _working(config, root, resume) as open_here:
+        recipe.build(recipe.own_stages(config, loss), config, root, open_here)
+
+
+@contextlib.contextmanager
+def _working(config: Config, root: epath.Path, resume: str) -> Iterator[Callable[[], Run]]:
+    """The folder locked, its config checked, the mesh set; gives what opens the run."""
     use_compilation_cache(config.engine.cache)
     with workdir.locked(root):
-        workdir.check_config(root, flat(config), free_fields(), arguments.resume == "override")
+        workdir.check_config(root, flat(config), free_fields(), resume == "override")
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         say(f"workdir {root}; {jax.device_count()} {jax.devices()[0].platform} device(s), mesh {shape}")
         with jax.set_mesh(mesh):
-            recipe.build(config, root, lambda: open_run(config, root, mesh), arguments.stop_after)
+            yield lambda: open_run(config, root, mesh)

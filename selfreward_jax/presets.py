@@ -49,8 +49,9 @@ def demo() -> Config:
         sft=sft,
         eft={"source": "file", "train_sets": 0, "eval_sets": 8, "max_share": 0.4},
         prompts={
-            "model": "", "per_iteration": 16, "requests": 8, "max_rounds": 6, "max_new_tokens": 160, "top_up": "seed",
+            "model": "", "requests": 8, "max_rounds": 6, "max_new_tokens": 160, "top_up": "seed",
         },
+        aift={"num_prompts": (16,), "max_pairs": (0,)},
         responses={"max_new_tokens": 96},
         judge={"max_new_tokens": 64},
         dpo={
@@ -68,7 +69,8 @@ def demo_long() -> Config:
         data={"ift_examples": 80},
         sft={"epochs": 6},  # 432 presentations of judge examples
         eft={"eval_sets": 24},
-        prompts={"per_iteration": 128, "requests": 16, "max_rounds": 40},
+        prompts={"requests": 16, "max_rounds": 40},
+        aift={"num_prompts": (128,)},
         check={"prompts": 64},
     )
 
@@ -81,7 +83,8 @@ def tiny() -> Config:
         data={"ift_examples": 16, "max_prompt_tokens": 256, "max_length": 900},
         sft={"lr": 3e-3, "lr_end": 3e-4, "batch": 4, "microbatch": 4, "epochs": 4, "checkpoint_every": 20},
         eft={"eval_sets": 2},
-        prompts={"per_iteration": 8, "requests": 4, "max_rounds": 2, "max_new_tokens": 48},
+        prompts={"requests": 4, "max_rounds": 2, "max_new_tokens": 48},
+        aift={"num_prompts": (8,)},
         responses={"max_new_tokens": 32},
         judge={"max_new_tokens": 48},
         dpo={"lr": 1e-3, "lr_end": 1e-4, "checkpoint_every": 1},

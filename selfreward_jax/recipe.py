@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,9 @@ from selfreward_jax.stages import (
     eft,
     export,
     judgments,
+    own_data,
     pairs,
+    positives,
     prompts,
     reference,
     responses,
@@ -59,51 +61,53 @@ _MODEL = ("seed", "model", "data.max_length", "engine")
 def stages(config: Config) -> list[Stage]:
     """All stages of the target, in order."""
     seeds = tuple(f"seed/{name}.jsonl" for name in ("ift", "eft_train_sets", "eft_eval_sets", "rest"))
+    eft_file = "m1/eft_train.jsonl"
     out = [Stage("seed/split", seed.make, ("seed", "data", "eft", "judge.low", "judge.high"), (), seeds)]
     for model in models(config.target):
         if model == "sft":
-            out.append(_training(model, partial(train_sft.make, model=model), ("data", "sft"), (seeds[0],)))
+            out.append(_sft(model, seeds[:1]))
         elif model == "m1":
-            building = config.eft.source == "build"
-            inputs = (seeds[1], *(("sft/stages/train.json",) if building else ()))
+            judged = ("sft/stages/train.json",) if config.eft.source == "build" else ()
             out.append(
                 Stage(
-                    "m1/eft",
-                    eft.make,
-                    (*_MODEL, "eft", "judge"),
-                    inputs,
-                    ("m1/eft_train.jsonl",),
+                    "m1/eft", eft.make, (*_MODEL, "eft", "judge"), (seeds[1], *judged), (eft_file,),
                     ("m1/eft_judgments",),
                 )
-            )
-            out.append(
-                _training(
-                    model, partial(train_sft.make, model=model), ("data", "sft"), (seeds[0], "m1/eft_train.jsonl")
-                )
-            )
+            )  # fmt: skip
+            if config.eft.source == "none":
+                copying = partial(train_sft.copy, model=model, of="sft")
+                out.append(_training(model, copying, (), (eft_file, "sft/stages/train.json")))
+            else:
+                out.append(_sft(model, (seeds[0], eft_file)))
         else:
-            out += _iteration(config, model, f"m{int(model[1:]) - 1}", seeds)
+            out += _iteration(config, model, f"m{int(model[1:]) - 1}", seeds, eft_file)
         trained = f"{model}/stages/train.json"
-        out.append(
-            Stage(
-                f"{model}/export",
-                partial(export.make, model=model),
-                ("model.export_dtype",),
-                (trained,),
-                (f"{model}/model",),
-            )
-        )
-        out.append(
+        out += [
+            _export(model),
             Stage(
                 f"{model}/check", partial(check.make, model=model), (*_MODEL, "judge", "responses", "check", "data.validation"),
                 (trained, seeds[2]), (f"{model}/check",), (f"{model}/check",),
-            )
-        )  # fmt: skip
+            ),
+        ]  # fmt: skip
     return out
 
 
-# Fields that may name a file of the user: what a stage makes depends on what is in it.
-_FILES = ("data.oasst", "data.validation", "eft.file", "prompts.source", "judge.template", "model.chat_template")
+def own_stages(config: Config, loss: str) -> list[Stage]:
+    """Training on people's own data without the loop: from `model.source` by "sft" or "dpo" to `trained/`."""
+    model, before = "trained", "m0"
+    if loss == "sft":
+        rows = "trained/examples.jsonl"
+        read = Stage("trained/data", own_data.examples, ("seed", "data.ift"), (), (rows,))
+        return [read, _sft(model, (rows,)), _export(model)]
+    read = Stage("trained/data", own_data.preferences, (*_MODEL, "data.preferences"), (), ("trained/pairs.jsonl",))
+    return [read, *_dpo(config, model, before, ()), _export(model)]
+
+
+# Fields that may name a file of the user (or files): what a stage makes depends on what is in it.
+_FILES = (
+    "data.oasst", "data.ift", "data.preferences", "data.validation", "eft.file", "prompts.source", "prompts.avoid",
+    "judge.template", "model.chat_template",
+)  # fmt: skip
 
 
 def _training(model: str, make: Callable, settings: tuple[str, ...], inputs: tuple[str, ...]) -> Stage:
@@ -119,17 +123,47 @@ def _training(model: str, make: Callable, settings: tuple[str, ...], inputs: tup
     )
 
 
-def _iteration(config: Config, model: str, before: str, seeds: tuple[str, ...]) -> list[Stage]:
-    """AIFT(before) and DPO on it (paper sections 2.2 and 2.3): M(t+1) comes from M(t) alone."""
+def _export(model: str) -> Stage:
+    return Stage(
+        f"{model}/export", partial(export.make, model=model), ("model.export_dtype",), (f"{model}/stages/train.json",),
+        (f"{model}/model",),
+    )  # fmt: skip
+
+
+def _sft(model: str, files: tuple[str, ...], weights: tuple[float, ...] = ()) -> Stage:
+    """SFT from M0 on these files, each with weight 1 if no weights are given."""
+    weighted = list(zip(files, weights or (1.0,) * len(files), strict=True))
+    settings = ("data", "sft", *(("aift.positive_weight",) if weights else ()))
+    return _training(model, partial(train_sft.make, model=model, files=weighted), settings, files)
+
+
+def _dpo(config: Config, model: str, before: str, trained: tuple[str, ...]) -> list[Stage]:
+    """DPO from `before` on `MODEL/pairs.jsonl`, with its reference log-probs where they are cached."""
+    pair_file, reference_file = f"{model}/pairs.jsonl", f"{model}/reference.jsonl"
+    train = partial(train_dpo.make, model=model, before=before)
+    if config.dpo.reference == "live":
+        return [_training(model, train, ("dpo",), (pair_file, *trained))]
+    cached = Stage(
+        f"{model}/reference", partial(reference.make, model=model, before=before), _MODEL, (pair_file, *trained),
+        (reference_file,),
+    )  # fmt: skip
+    return [cached, _training(model, train, ("dpo",), (pair_file, reference_file, *trained))]
+
+
+def _iteration(config: Config, model: str, before: str, seeds: tuple[str, ...], eft_file: str) -> list[Stage]:
+    """AIFT(before) and training on it (paper sections 2.2 and 2.3): M(t+1) comes from M(t) alone."""
     trained = f"{before}/stages/train.json"
     earlier = tuple(f"m{t}/prompts.jsonl" for t in range(2, int(model[1:])))
     made = {name: f"{model}/{name}" for name in ("responses", "judgments")}
-    prompt_file, pair_file, reference_file = (f"{model}/{name}.jsonl" for name in ("prompts", "pairs", "reference"))
-    with_reference = (reference_file,) if config.dpo.reference == "cached" else ()
+    prompt_file = f"{model}/prompts.jsonl"
+    answers = (prompt_file, made["responses"], made["judgments"])
+    of_before = config.prompts.model == "current"
+    prompt_settings = (*_MODEL, "prompts", "aift.num_prompts", "data", "responses.max_new_tokens")
     out = [
         Stage(
-            f"{model}/prompts", partial(prompts.make, model=model),
-            (*_MODEL, "prompts", "data", "responses.max_new_tokens"), (seeds[0], seeds[3], *earlier), (prompt_file,),
+            f"{model}/prompts", partial(prompts.make, model=model, before=before), prompt_settings,
+            (seeds[0], seeds[3], *earlier, *((trained,) if of_before else ())), (prompt_file,),
+            (f"{model}/pool",) if of_before else (),
         ),
         Stage(
             f"{model}/responses", partial(responses.make, model=model, before=before), (*_MODEL, "responses"),
@@ -139,21 +173,19 @@ def _iteration(config: Config, model: str, before: str, seeds: tuple[str, ...]) 
             f"{model}/judgments", partial(judgments.make, model=model, before=before), (*_MODEL, "judge"),
             (prompt_file, made["responses"], trained), (made["judgments"],), (made["judgments"],),
         ),
-        Stage(
-            f"{model}/pairs", partial(pairs.make, model=model), _MODEL,
-            (prompt_file, made["responses"], made["judgments"]), (pair_file,),
-        ),
     ]  # fmt: skip
-    if with_reference:
+    if config.aift.method == "positives":
+        positive_file = f"{model}/positives.jsonl"
+        settings = (*_MODEL, "aift.positive_score", "aift.min_judgments")
         out.append(
-            Stage(
-                f"{model}/reference", partial(reference.make, model=model, before=before), _MODEL,
-                (pair_file, trained), (reference_file,),
-            )
-        )  # fmt: skip
-    inputs = (pair_file, *with_reference, trained)
-    out.append(_training(model, partial(train_dpo.make, model=model, before=before), ("dpo",), inputs))
-    return out
+            Stage(f"{model}/positives", partial(positives.make, model=model), settings, answers, (positive_file,))
+        )
+        files, weights = (seeds[0], eft_file, positive_file), (1.0, 1.0, config.aift.positive_weight)
+        return [*out, _sft(model, files, weights)]
+    settings = (*_MODEL, *(f"aift.{name}" for name in ("max_pairs", "min_judgments", "tie_break", "length_control")))
+    outputs = (f"{model}/pairs.jsonl", f"{model}/preferences.jsonl")
+    out.append(Stage(f"{model}/pairs", partial(pairs.make, model=model), settings, answers, outputs))
+    return [*out, *_dpo(config, model, before, (trained,))]
 
 
 def settings_of(config: Config, stage: Stage) -> dict[str, Any]:
@@ -163,28 +195,31 @@ def settings_of(config: Config, stage: Stage) -> dict[str, Any]:
     for name, value in flat(config).items():
         if name not in free and any(name == some or name.startswith(f"{some}.") for some in stage.settings):
             found[name] = value
-            if name in _FILES and value and epath.Path(value).exists() and not epath.Path(value).is_dir():
-                found[f"{name} (sha256)"] = workdir.manifest(epath.Path(value))
+            for file in (value if isinstance(value, tuple) else (value,)) if name in _FILES else ():
+                if file and epath.Path(file).exists() and not epath.Path(file).is_dir():
+                    found[f"{name} {file} (sha256)"] = workdir.manifest(epath.Path(file))
     return found
 
 
-def check_stop(config: Config, stop_after: str) -> None:
-    """Refuses a `--stop_after` that is no stage of this target."""
-    names = [stage.name for stage in stages(config)]
+def check_stop(plan: Sequence[Stage], stop_after: str) -> None:
+    """Refuses a `--stop_after` that is no stage of this plan."""
+    names = [stage.name for stage in plan]
     if stop_after and stop_after not in names:
         raise UserError(f"--stop_after={stop_after}: no such stage; they are {', '.join(names)}")
 
 
-def build(config: Config, root: epath.Path, open_run: Callable[[], Run], stop_after: str = "") -> None:
+def build(
+    plan: Sequence[Stage], config: Config, root: epath.Path, open_run: Callable[[], Run], stop_after: str = ""
+) -> None:
     """Builds what is missing, in order; finished stages are skipped, a half-finished one is continued.
 
     Args:
+        plan: `stages(config)` for the loop, `own_stages` for training on its own.
         root: the run's folder, locked by the caller.
         open_run: opens model, tokenizer and mesh; called only if there is work.
         stop_after: name of the last stage to do, or "".
     """
     run: Run | None = None
-    plan = stages(config)
     for stage in plan:
         if workdir.is_done(root, stage.name):
             _clear(root, stage)  # a kill may have come between the record and the clearing
@@ -194,7 +229,20 @@ def build(config: Config, root: epath.Path, open_run: Callable[[], Run], stop_af
             _do(run, config, root, stage)
         if stage.name == stop_after:
             return
-    report.write(root, models(config.target), [stage.name for stage in plan])
+
+
+def build_loop(config: Config, root: epath.Path, open_run: Callable[[], Run], stop_after: str = "") -> None:
+    """`build` for the whole loop, then the closing table; also where the loop cannot go on, of what there is."""
+    plan = stages(config)
+    try:
+        build(plan, config, root, open_run, stop_after)
+    except UserError:
+        finished = [model for model in models(config.target) if workdir.facts(root, f"{model}/check")]
+        if finished:
+            report.write(root, finished, [stage.name for stage in plan])
+        raise
+    if not stop_after:
+        report.write(root, models(config.target), [stage.name for stage in plan])
 
 
 def _clear(root: epath.Path, stage: Stage) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -13,9 +14,12 @@ from selfreward_jax import workdir
 from selfreward_jax.config import Config, TrainConfig
 from selfreward_jax.data import batches
 from selfreward_jax.data.chat import Chat, encode_prompt, load_chat
-from selfreward_jax.data.records import Pair, read_records, to_json
+from selfreward_jax.data.records import Judgment, Pair, Prompt, Response, read_records, to_json
+from selfreward_jax.evaluation.judge import score_of
 from selfreward_jax.judging import templates
+from selfreward_jax.judging.pairs import Candidate
 from selfreward_jax.model import llama
+from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.observe.progress import progress
 from selfreward_jax.sampling import engine as engines
 from selfreward_jax.sampling.tokens import Sampling
@@ -67,12 +71,15 @@ def params_of(run: Run, model: str) -> llama.Params:
     """Parameters of "m0" (the source) or of a model that this run has trained; kept until another is asked for."""
     if run.held is None or run.held[0] != model:
         run.held = None  # freed before the next is read: two copies of a 70B do not fit
-        if model == "m0":
-            params = load_params(run.source, run.mesh, run.config.model.param_dtype)
-        else:
-            params = checkpoint.load_params(run.root / model / "params", abstract_params(run))
-        run.held = (model, params)
+        run.held = (model, fresh_params(run, model))
     return run.held[1]
+
+
+def fresh_params(run: Run, model: str) -> llama.Params:
+    """As `params_of`, but always read anew: a copy of the caller's own."""
+    if model == "m0":
+        return load_params(run.source, run.mesh, run.config.model.param_dtype)
+    return checkpoint.load_params(run.root / model / "params", abstract_params(run))
 
 
 def take_params(run: Run, model: str) -> llama.Params:
@@ -87,18 +94,25 @@ def engine(run: Run, params: llama.Params) -> engines.Engine:
     return _engine(run, run.source, run.chat, params)
 
 
-def prompt_writer(run: Run) -> tuple[engines.Engine, Chat]:
-    """The model that writes new prompts, fixed in advance, and its tokenizer: `prompts.model`, or M0 itself.
+def fixed_model(run: Run, name: str) -> tuple[engines.Engine, Chat]:
+    """A sampler over a model fixed in advance (a prompt writer, a judge), with its own tokenizer and template.
 
     Another model's parameters are held in place of the run's own, in the compute dtype: they are never trained.
     """
-    name = run.config.prompts.model
-    if not name or name == run.config.model.source:
+    if name == run.config.model.source:
         return engine(run, params_of(run, "m0")), run.chat
     run.held = None
     source = open_source(name)
     chat = load_chat(source.tokenizer, "own" if source.tokenizer.chat_template else "llama2", source.eos_ids)
     return _engine(run, source, chat, load_params(source, run.mesh, run.config.model.compute_dtype)), chat
+
+
+def prompt_writer(run: Run, before: str) -> tuple[engines.Engine, Chat]:
+    """The model that writes new prompts: `prompts.model`, M0 itself, or `before`, the model in training (A.5)."""
+    name = run.config.prompts.model
+    if name == "current":
+        return engine(run, params_of(run, before)), run.chat
+    return fixed_model(run, name or run.config.model.source)
 
 
 def _engine(run: Run, source: Source, chat: Chat, params: llama.Params) -> engines.Engine:
@@ -128,9 +142,9 @@ def plan(run: Run, part: TrainConfig, items: int) -> Plan:
     )  # fmt: skip
 
 
-def fits(run: Run, ids: Sequence[int], new_tokens: int) -> bool:
+def fits(config: LlamaConfig, ids: Sequence[int], new_tokens: int) -> bool:
     """Whether a prompt leaves room for its completion in the model's context."""
-    return len(ids) + new_tokens <= run.source.config.context
+    return len(ids) + new_tokens <= config.context
 
 
 def pair_rows(run: Run, pair: Pair) -> tuple[batches.Row, batches.Row]:
@@ -155,6 +169,28 @@ def read_parts(directory: epath.Path, cls: type) -> list[Any]:
     return [record for file in files for record in read_ours(file, cls)]
 
 
+def judged(run: Run, model: str) -> Iterator[tuple[Prompt, dict[int, Response], list[Candidate]]]:
+    """Each prompt of the iteration with its responses by index and its candidates, in the order of the prompts."""
+    responses: dict[str, dict[int, Response]] = {}
+    for response in read_parts(run.root / model / "responses", Response):
+        responses.setdefault(response.prompt_id, {})[response.index] = response
+    votes: dict[tuple[str, int], list[Fraction]] = {}
+    for judgment in read_parts(run.root / model / "judgments", Judgment):
+        score = score_of(judgment)
+        if score is not None:
+            votes.setdefault((judgment.prompt_id, judgment.response_index), []).append(score)
+    for prompt in read_records(run.root / model / "prompts.jsonl", Prompt):
+        by_index = dict(sorted(responses.get(prompt.id, {}).items()))
+        yield (
+            prompt,
+            by_index,
+            [
+                Candidate(i, tuple(votes.get((prompt.id, i), ())), r.finish_reason == "stop", r.token_ids, r.text)
+                for i, r in by_index.items()
+            ],
+        )
+
+
 def judge_template(run: Run) -> templates.Template:
     """The judge prompt of the config, with its range of scores."""
     return templates.load(run.config.judge.template, run.config.judge.low, run.config.judge.high)
@@ -162,26 +198,25 @@ def judge_template(run: Run) -> templates.Template:
 
 def sample_parts(
     run: Run,
-    params: llama.Params,
+    model: engines.Engine,
     how: Sampling,
     requests: Sequence[engines.Request],
     stage: str,
     directory: epath.Path,
     unit: str,
-    to_records: Callable[[int, list[engines.Completion]], list[Any]],
+    to_records: Callable[[int, list[list[engines.Completion]]], list[Any]],
 ) -> list[epath.Path]:
     """Samples all requests into part files; parts that an earlier process finished are not done again.
 
     Args:
         unit: what a completion is called in the progress line.
-        to_records: (index of the request, its completions) -> records to write.
+        to_records: (index of a part's first request, completions of each of its requests) -> records to write.
 
     Returns:
         The part files, in order.
     """
     if not requests:
         return []
-    model = engine(run, params)
     width = engines.per_part(model, requests)
     files = workdir.parts(directory, -(-len(requests) // width))
     there = [file.exists() for file in files]
@@ -190,10 +225,7 @@ def sample_parts(
     fallbacks = tokens = 0
     with progress(stage, len(requests) * per_request, unit, done) as advance:
         for part, completions, counts in engines.run(model, how, requests, run.config.seed, stage, there):
-            records = [
-                record for index, some in enumerate(completions) for record in to_records(part * width + index, some)
-            ]
-            write_records(files[part], records)
+            write_records(files[part], to_records(part * width, completions))
             fallbacks += counts["fallbacks"]
             tokens += counts["tokens"]
             advance(len(completions) * per_request, f"{tokens} tokens, wider nucleus window for {fallbacks}")

@@ -209,6 +209,7 @@ def check_config(root: epath.Path, resolved: Mapping[str, Any], free: set[str], 
         UserError: a line for each field that changed.
     """
     path = root / "config.json"
+    resolved = json.loads(json.dumps(resolved))  # as it will be read back: a tuple is a list there
     if path.exists() and not override:
         before = read_json(path)
         lines = [

@@ -23,7 +23,7 @@ LAYERS = (
     ("stages",),
     ("recipe", "estimate"),
     ("launch",),
-    ("main", "generate", "interactive", "convert"),
+    ("main", "generate", "interactive", "convert", "train", "inspect"),
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 

@@ -97,12 +97,25 @@ def test_a_field_of_the_wrong_type_makes_no_contradiction_of_its_own():
         ("dpo.b2", 1.0, "b1 and b2 in [0, 1)"),
         ("dpo.beta", 0.0, "above 0"),
         ("dpo.reference", "none", "cached or live"),
-        ("eft.source", "web", "build or file"),
+        ("eft.source", "web", "build, file or none"),
         ("eft.k", 0, "at least 1"),
         ("eft.max_share", 0.0, "in (0, 1]"),
         ("prompts.top_up", "all", "none or seed"),
         ("prompts.normalise", "no", "chat or faithful"),
-        ("prompts.per_iteration", 0, "at least 1"),
+        ("prompts.requests", 0, "at least 1"),
+        ("aift.num_prompts", (8, 0), "at least 1"),
+        ("aift.num_prompts", (), "at least one value"),
+        ("aift.max_pairs", (-1,), "not negative"),
+        ("aift.length_control", (0.0, 0.5), "in [0, 0.5)"),
+        ("aift.method", "ppo", "dpo or positives"),
+        ("aift.tie_break", "mood", "index or variance"),
+        ("aift.min_judgments", 9, "from 1 to judge.k=3"),
+        ("aift.positive_score", 6.0, "at most judge.high=5"),
+        ("aift.positive_weight", 0.0, "above 0"),
+        ("judge.score", "guessed", "sampled or expected"),
+        ("judge.model", "https://host/v1", "needed with judge.model=URL"),
+        ("judge.endpoint_model", "gpt", "needed with judge.model=URL"),
+        ("eft.ties", "maybe", "strict or lenient"),
         ("prompts.temperature", -0.5, "not negative"),
         ("judge.top_p", 0.0, "in (0, 1]"),
         ("responses.max_new_tokens", 0, "at least 1"),
@@ -159,6 +172,37 @@ def test_an_unknown_preset_is_one_line_with_the_known_ones():
     assert line == "preset 'large': no such preset; known are llama2_70b, llama2_7b, demo, demo_long, tiny"
 
 
+def test_without_ranked_replies_instruction_rows_and_another_way_to_judge_data_are_needed():
+    with pytest.raises(UserError) as caught:
+        changed(data={"oasst": "none"})
+    assert "name instruction rows by --config.data.ift" in str(caught.value)
+    assert "set --config.eft.source=file or none and --config.eft.eval_sets=0" in str(caught.value)
+    assert changed(data={"oasst": "none", "ift": "mine.jsonl"}, eft={"eval_sets": 0}).data.ift == "mine.jsonl"
+
+
+def test_a_tuple_has_a_value_a_model_and_its_last_goes_on():
+    assert [configs.of_model((3964, 6942), model) for model in ("m2", "m3", "m4", "m9")] == [3964, 6942, 6942, 6942]
+    assert changed(aift={"num_prompts": [4, 5], "length_control": (0, 0.1)}).aift.length_control == (0.0, 0.1)
+    for value, says in ((7, "must be a tuple of int, not int"), ((1, "x"), "must hold int only, not 'x'")):
+        raw = to_config_dict(presets.tiny()).to_dict()
+        raw["aift"]["num_prompts"] = value
+        (line,) = lines_of(lambda raw=raw: from_config_dict(ConfigDict(raw)))
+        assert line.startswith("--config.aift.num_prompts=") and says in line
+
+
+def test_ablations_are_configs_over_every_preset():
+    files = sorted((PACKAGE.parent / "configs" / "ablations").glob("*.py"))
+    assert len(files) >= 6
+    base = {preset: flat(from_config_dict(presets.get("m3", preset))) for preset in presets.PRESETS}
+    for file in files:
+        scope = {}
+        exec(file.read_text(), scope)
+        for preset in presets.PRESETS:
+            made = flat(from_config_dict(scope["get_config"](preset)))
+            changed_fields = {name for name, value in made.items() if value != base[preset][name]}
+            assert 1 <= len(changed_fields) <= 2, (file.name, preset, changed_fields)
+
+
 @pytest.mark.parametrize("name", ["sft", "m1", "m2", "m3"])
 def test_a_config_file_names_the_model_of_the_sequence(name):
     scope = {}
@@ -192,6 +236,7 @@ PAPER = {
     "prompts.generated_demonstrations": 2,
     "prompts.similarity": 0.7,
     "prompts.source": "self_instruct",
+    "aift.max_pairs": (3964, 6942),
 }
 PAPER_ELSEWHERE = {
     "model.source": "meta-llama/Llama-2-70b-hf",
@@ -229,7 +274,7 @@ def test_what_the_paper_gives_cites_it_and_what_it_does_not_give_says_so():
     for name in PAPER:
         assert marks[name].startswith("3.1.3"), (name, marks[name])
     for name, mark in marks.items():
-        cites = re.match(r"\d(\.\d){0,2}\b", mark)
+        cites = re.match(r"(\d(\.\d){0,2}|A\.\d)\b", mark)
         ours = re.fullmatch(r"not in the paper: .{3,}", mark)
         assert bool(cites) != bool(ours), (name, mark)
     assert {name for name, mark in marks.items() if mark.startswith("3.1.3")} - set(PAPER) == {

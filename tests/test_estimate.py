@@ -26,7 +26,7 @@ def test_generations_of_the_paper_are_those_of_its_loop():
     assert counts["m2/responses"] == (8000 * 4, 8000 * 4 * 1024)
     assert counts["m2/judgments"] == (8000 * 4 * 3, 8000 * 4 * 3 * 256)
     assert counts["m1/eft"] == (3 * 2000, 3 * 2000 * 256)
-    assert counts["m3/responses"] == counts["m2/responses"]
+    assert counts["m3/responses"] == (14000 * 4, 14000 * 4 * 1024)
     # 64 answers, and 3 judgments of each and of three replies of each of the 190 held-out sets
     votes = 3 * (64 + 3 * 190)
     assert counts["sft/check"] == (64 + votes, 64 * 1024 + votes * 256)
@@ -37,16 +37,19 @@ def test_generations_of_the_demo_count_the_held_out_judge_examples_and_no_buildi
     demo = config_of("m3", "demo")
     counts = estimate.generations(demo)
     assert "m1/eft" not in counts
-    assert counts["m2/responses"][0] == demo.prompts.per_iteration * 4
+    assert counts["m2/responses"][0] == demo.aift.num_prompts[0] * 4
     held_out = 24 + 3 * demo.eft.eval_sets
     assert counts["m1/check"][0] == demo.check.prompts + (demo.check.prompts + held_out) * demo.check.k
 
 
 def test_prompts_are_asked_for_in_whole_rounds_and_not_at_all_with_a_file():
-    rounds = {"per_iteration": 100, "requests": 8, "max_rounds": 50}
-    assert estimate.generations(config_of("m2", prompts=rounds))["m2/prompts"][0] == 5 * 8
-    assert estimate.generations(config_of("m2", prompts=rounds | {"max_rounds": 2}))["m2/prompts"][0] == 2 * 8
-    assert "m2/prompts" not in estimate.generations(config_of("m2", prompts=rounds | {"source": "mine.jsonl"}))
+    rounds, aift = {"requests": 8, "max_rounds": 50}, {"num_prompts": (100, 24)}
+    both = estimate.generations(config_of("m3", prompts=rounds, aift=aift))
+    assert (both["m2/prompts"][0], both["m3/prompts"][0]) == (5 * 8, 8)
+    few = config_of("m2", prompts=rounds | {"max_rounds": 2}, aift=aift)
+    assert estimate.generations(few)["m2/prompts"][0] == 2 * 8
+    named = config_of("m2", prompts=rounds | {"source": "mine.jsonl"}, aift=aift)
+    assert "m2/prompts" not in estimate.generations(named)
 
 
 def test_generations_grow_with_the_target():
@@ -153,7 +156,7 @@ def test_the_dry_run_lists_every_stage_then_the_sums(target, monkeypatch, tmp_pa
     assert set(wanted) <= set(names)
     assert f"m{last + 1}/train" not in names
     table = {line.split()[0]: line for line in lines[: len(names)]}
-    per_iteration = config.prompts.per_iteration
+    per_iteration = config.aift.num_prompts[0]
     assert re.search(rf" {per_iteration * 4} generations +about [\d,]+ s$", table["m2/responses"])
     assert re.search(rf" {per_iteration * 12} generations +about [\d,]+ s$", table["m2/judgments"])
     assert re.search(r" training +about [\d,]+ s$", table["m2/train"])

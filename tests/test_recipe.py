@@ -21,7 +21,7 @@ from selfreward_jax.data.records import Pair, Prompt, RankedSet, read_records, t
 from selfreward_jax.errors import UserError
 from selfreward_jax.run import Run, abstract_params, params_of, write_records
 from selfreward_jax.sharding.mesh import make_mesh
-from selfreward_jax.stages import eft, pairs, prompts, reference, train_dpo
+from selfreward_jax.stages import eft, pairs, prompts, reference, seed, train_dpo, train_sft
 from selfreward_jax.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,12 +59,43 @@ def test_the_target_is_a_loop() -> None:
     assert "m2/reference" not in [stage.name for stage in recipe.stages(live)]
 
 
-def test_each_stage_reads_what_earlier_stages_left() -> None:
+VARIANTS: dict[str, dict[str, Any]] = {
+    "the paper": {},
+    "built": {"eft__source": "build"},
+    "A.3": {"eft__source": "none"},
+    "A.4": {"aift__method": "positives"},
+    "A.5": {"prompts__model": "current"},
+    "live": {"dpo__reference": "live"},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_stage_reads_what_earlier_stages_left(name: str) -> None:
     made: set[str] = set()
-    for stage in recipe.stages(config()):
+    for stage in recipe.stages(config(**VARIANTS[name])):
         for path in stage.inputs:
             assert path in made or path.replace("/stages/train.json", "/params") in made, (stage.name, path)
         made |= set(stage.outputs)
+
+
+@pytest.mark.parametrize("loss", ["sft", "dpo"])
+def test_training_on_own_data_reads_what_it_wrote(loss: str) -> None:
+    made: set[str] = set()
+    for stage in recipe.own_stages(config(), loss):
+        for path in stage.inputs:
+            assert path in made or path.replace("/stages/train.json", "/params") in made, (stage.name, path)
+        made |= set(stage.outputs)
+    assert "trained/model" in made
+
+
+def test_positives_train_from_m0_with_their_weight_and_ift_only_copies() -> None:
+    positive = {stage.name: stage for stage in recipe.stages(config(aift__method="positives", aift__positive_weight=0.5))}
+    assert positive["m2/train"].make.keywords["files"] == [  # type: ignore[attr-defined]
+        ("seed/ift.jsonl", 1.0), ("m1/eft_train.jsonl", 1.0), ("m2/positives.jsonl", 0.5),
+    ]  # fmt: skip
+    assert "m2/pairs" not in positive and "m2/reference" not in positive
+    without = {stage.name: stage for stage in recipe.stages(config(eft__source="none"))}
+    assert without["m1/train"].make.func is train_sft.copy  # type: ignore[attr-defined]
 
 
 def test_no_pair_left_says_why_with_counts(run: Run) -> None:
@@ -77,7 +108,9 @@ def test_no_pair_left_says_why_with_counts(run: Run) -> None:
     write_records(run.root / "m2" / "judgments" / "part-0.jsonl", [
         Judgment("p", i, 0, "Good.", (7,), "length", None) for i in range(2)
     ])  # fmt: skip
-    with pytest.raises(UserError, match=r"no pair is left of 1 prompts: \{'unscored': 1\}; judgments with a score: 0 of 2"):
+    with pytest.raises(
+        UserError, match=r"no pair is left of 1 prompts: \{'unscored': 1\}; 2 candidates have 0 judgments"
+    ):
         pairs.make(run, "m2")
 
 
@@ -89,13 +122,13 @@ def test_prompts_over_the_limit_are_skipped_and_counted(run: Run, tmp_path: Path
 
     changed = dataclasses.replace(run.config.prompts, source=str(file))
     run.config = dataclasses.replace(run.config, prompts=dataclasses.replace(changed, top_up="none"))
-    facts = prompts.make(run, "m2")
+    facts = prompts.make(run, "m2", "m1")
     assert facts["prompts"] == 2
     assert facts["drops"] == {f"over {run.config.data.max_prompt_tokens} tokens": 1}
     second = read_records(run.root / "m2" / "prompts.jsonl", Prompt)
     assert [prompt.text for prompt in second] == ["Name a colour.", "Name a fruit."]
     with pytest.raises(UserError, match="no prompt is left"):
-        prompts.make(run, "m3")  # M2 took both; slices are disjoint
+        prompts.make(run, "m3", "m2")  # M2 took both; slices are disjoint
 
 
 def test_top_up_fills_a_short_pool_and_says_so(run: Run, tmp_path: Path) -> None:
@@ -104,10 +137,10 @@ def test_top_up_fills_a_short_pool_and_says_so(run: Run, tmp_path: Path) -> None
     file = tmp_path / "one.jsonl"
     file.write_text('{"prompt": "Name a colour."}\n')
     run.config = dataclasses.replace(run.config, prompts=dataclasses.replace(run.config.prompts, source=str(file)))
-    facts = prompts.make(run, "m2")
-    assert facts["sources"] == {"file": 1, "top-up": run.config.prompts.per_iteration - 1}
+    facts = prompts.make(run, "m2", "m1")
+    assert facts["sources"] == {"file": 1, "top-up": run.config.aift.num_prompts[0] - 1}
     first = {prompt.id for prompt in read_records(run.root / "m2" / "prompts.jsonl", Prompt)}
-    prompts.make(run, "m3")
+    prompts.make(run, "m3", "m2")
     assert not first & {prompt.id for prompt in read_records(run.root / "m3" / "prompts.jsonl", Prompt)}
 
 
@@ -141,7 +174,9 @@ def test_cached_and_live_reference_train_to_the_same_weights(run: Run) -> None:
     checkpoint.save_params(run.root / "m1" / "params", params_of(run, "m0"))
     for kind in ("cached", "live"):
         run.held = None
-        run.config = dataclasses.replace(run.config, dpo=dataclasses.replace(run.config.dpo, reference=kind, epochs=3))
+        run.config = dataclasses.replace(
+            run.config, dpo=dataclasses.replace(run.config.dpo, reference=kind, epochs=3)
+        )
         if kind == "cached":
             reference.make(run, "m2", "m1")
         facts = train_dpo.make(run, "m2", "m1")
@@ -152,7 +187,9 @@ def test_cached_and_live_reference_train_to_the_same_weights(run: Run) -> None:
     for a, b in zip(jax.tree.leaves(trained["cached"]), jax.tree.leaves(trained["live"]), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
     start = jax.device_get(params_of(run, "m0"))
-    moved = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(trained["live"]), strict=True)]
+    moved = [
+        np.abs(a - b).max() for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(trained["live"]), strict=True)
+    ]
     assert max(moved) > 1e-4
 
 
@@ -181,6 +218,83 @@ def test_ranked_sets_never_overlap_with_ift(run: Run) -> None:
     assert not ift & held_out
     assert not ift & rest
     assert not rest & held_out
+
+
+@pytest.mark.parametrize("run", [{"prompts__model": "current", "prompts__top_up": "none"}], indirect=True)
+def test_the_model_in_training_writes_its_own_pool(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A.5: each iteration asks its own model, and its prompts are none of an earlier pool's."""
+    asked: list[str] = []
+
+    def writes(some: Run, before: str) -> Any:
+        asked.append(before)
+        return None, some.chat
+
+    def answers(_run: Run, _model: Any, _chat: Any, label: str, number: int, *_: Any) -> list[str]:
+        common = [f"Explain to a new colleague what step number {n} of the plan is." for n in range(3)]
+        return [*common, *(f"{label} {number} {n}: tell {'and tell ' * n}a story." for n in range(8))]
+
+    monkeypatch.setattr(prompts, "prompt_writer", writes)
+    monkeypatch.setattr(prompts, "_ask", answers)
+    texts = []
+    for model, before in (("m2", "m1"), ("m3", "m2")):
+        prompts.make(run, model, before)
+        assert (run.root / model / "pool" / "round-00000.jsonl").exists()
+        texts.append({prompt.text for prompt in read_records(run.root / model / "prompts.jsonl", Prompt)})
+    assert asked == ["m1", "m2"]
+    assert not texts[0] & texts[1]
+    assert any("colleague" in text for text in texts[0]) and not any("colleague" in text for text in texts[1])
+
+
+def test_new_prompts_keep_clear_of_evaluation_prompts(run: Run, tmp_path: Path) -> None:
+    import dataclasses
+
+    alpaca, bench = tmp_path / "alpaca.json", tmp_path / "bench.jsonl"
+    alpaca.write_text(json.dumps([{"instruction": "Who invented the steam engine of this museum?", "output": "x"}]))
+    bench.write_text(json.dumps({"question_id": 81, "turns": ["Write a blog post about Hawaii.", "Again."]}) + "\n")
+    changed = dataclasses.replace(run.config.prompts, avoid=(str(alpaca), str(bench)))
+    run.config = dataclasses.replace(run.config, prompts=changed)
+    index = prompts._held_out(run)
+    for text in ("Who invented the steam engine in this museum?", "Write a blog post on Hawaii.", "Again."):
+        assert index.is_similar(text), text
+    ours = [json.loads(line)["prompt"] for line in (ROOT / "selfreward_jax/data/seed/test.jsonl").read_text().splitlines()]
+    assert index.is_similar(ours[0]) and not index.is_similar("Name three seas that freeze in winter.")
+
+
+@pytest.mark.parametrize("run", [{"data__ift_examples": 2, "eft__eval_sets": 2}], indirect=True)
+def test_own_instructions_replace_the_best_replies_and_never_meet_a_ranked_set(run: Run, tmp_path: Path) -> None:
+    import dataclasses
+
+    ranked = read_records(run.root / "seed" / "eft_eval_sets.jsonl", RankedSet)[0]
+    rows = [{"instruction": f"Say {word}.", "input": "", "output": word} for word in ("one", "two", "three")]
+    rows.append({"instruction": ranked.prompt.upper(), "input": "", "output": "?"})
+    file = tmp_path / "alpaca.json"
+    file.write_text(json.dumps(rows))
+    run.config = dataclasses.replace(run.config, data=dataclasses.replace(run.config.data, ift=str(file)))
+    facts = seed.make(run)
+    from selfreward_jax.data.records import Example
+
+    ift = read_records(run.root / "seed" / "ift.jsonl", Example)
+    assert len(ift) == 2 and all(example.prompt.startswith("Say ") for example in ift)
+    assert facts["rest"] == 1 and facts["drops"]["ift_prompt_of_a_ranked_set"] == 1
+
+
+def test_a_loop_that_cannot_go_on_still_shows_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = epath.Path(tmp_path)
+    facts = {"loss": 1.5, "answers": 2, "ended": 1, "mean_tokens": 3.0, "judgments": 4, "parsed": 1}
+    for stage in recipe.stages(config()):
+        if stage.name == "m1/eft":
+            break
+        for name in stage.outputs:
+            workdir.write_text(root / name, "x")
+        workdir.finish(root, stage.name, [], [root / name for name in stage.outputs], 1.0, facts)
+
+    def fails() -> Run:
+        raise UserError("no model here")
+
+    with pytest.raises(UserError, match="no model here"):
+        recipe.build_loop(config(), root, fails)
+    assert "| sft | 1.5000 | 25.0% |" in capsys.readouterr().out
+    assert "| m1 |" not in (root / "report.md").read_text()
 
 
 def main(*arguments: str, workdir: Path) -> subprocess.CompletedProcess[str]:

@@ -14,10 +14,14 @@ NOWHERE = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A token sequence whose tail is the target: `tokens[start:]` are predicted, end of turn included."""
+    """A token sequence whose tail is the target: `tokens[start:]` are predicted, end of turn included.
+
+    Its targets count `weight` times in a weighted mean (paper A.4: the mixing weight of self-made examples).
+    """
 
     tokens: tuple[int, ...]
     start: int
+    weight: float = 1.0
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -68,7 +72,7 @@ def pad_rows(rows: Sequence[Row], count: int, shape: Shape) -> Rows:
         positions[index, :length] = np.arange(length)
         at[index, :here] = np.arange(row.start - 1, length - 1)
         targets[index, :here] = row.tokens[row.start :]
-        weights[index, :here] = 1.0
+        weights[index, :here] = row.weight
     positions[len(rows) :, 0] = 0  # a padding row sees its first token, so that its softmax is defined
     return Rows(tokens, positions, at, targets, weights)
 

@@ -1,15 +1,17 @@
 """OpenAssistant conversations as seed data (paper 3.1.1): examples for IFT, ranked sets for EFT.
 
-Two layouts load: nested trees (rows with a "prompt" that holds "replies") and flat messages (rows with
-"message_id" and "parent_id", in any order). Only first turns are used: a root prompt and its direct replies.
-Whatever is left out is counted in `Seed.drops`:
+Only first turns are used: a root prompt and its direct replies (messages.py reads them, from trees or flat rows).
+Whatever is left out is counted in `Seed.drops`. A message is counted once:
 
-    of prompts   wrong_role, other_language, deleted, empty, spam, synthetic; no_reply (none usable),
-                 no_rank (none of them ranked), duplicate_prompt (the words of another usable prompt)
-    of examples  no_rank_0 (the best reply itself was left out)
-    of sets      one_ranked (a single ranked reply, nothing to compare), tied_ranks (all of one rank)
-    of replies   the reasons of prompts with "reply_" before them, for replies to usable prompts
-    of messages  later_turn, orphan (its parent is not in the file), duplicate_id
+    prompts   wrong_role, deleted, empty, other_language, spam, synthetic; no_reply (none usable), no_rank (none of
+              them ranked), duplicate_prompt (the words of another usable prompt)
+    replies   the first six with "reply_" before them, reply_no_rank; reply_of_dropped (its prompt was left out)
+    others    duplicate_id, cyclic, orphan, later_turn: see messages.py
+
+What a usable prompt does not give is counted too:
+
+    examples  no_rank_0 (the best reply itself was left out)
+    sets      one_ranked (a single ranked reply, nothing to compare), tied_ranks (all of one rank)
 
 What comes out does not depend on the order of the file.
 """
@@ -17,12 +19,13 @@ What comes out does not depend on the order of the file.
 import dataclasses
 import hashlib
 import itertools
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from selfreward_jax.data.records import Example, PathLike, RankedSet, raise_problems, read_rows
+from selfreward_jax.data.messages import Message, first_turns
+from selfreward_jax.data.records import Example, RankedSet
+from selfreward_jax.data.rows import PathLike, read_rows
 from selfreward_jax.errors import UserError
 
 SOURCE = "oasst"
@@ -36,12 +39,16 @@ T = TypeVar("T")
 class Seed:
     """What a file gives: an Example for each prompt with a rank-0 reply, a RankedSet for each with a ranking.
 
-    An Example and a RankedSet of one prompt have one id. `drops` counts what was left out, by reason.
+    An Example and a RankedSet of one prompt have one id. `drops` counts what was left out, by reason. `messages` were
+    read, and of them `prompts` with `replies` (the ranked ones) are used.
     """
 
     examples: tuple[Example, ...]
     sets: tuple[RankedSet, ...]
     drops: dict[str, int]
+    messages: int = 0
+    prompts: int = 0
+    replies: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,26 +61,8 @@ class Split:
     rest: tuple[Example, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Message:
-    id: str
-    text: str
-    role: str
-    lang: str
-    rank: int | None
-    deleted: bool
-    synthetic: bool
-    spam: float
-
-
-@dataclasses.dataclass(frozen=True)
-class _Turn:
-    prompt: _Message
-    replies: tuple[_Message, ...]
-
-
 def load(path: PathLike, lang: str = "en", drop_synthetic: bool = False, seed: int = 0) -> Seed:
-    """The first turns of an OASST file (jsonl, plain or gzip), in the order of their ids.
+    """The first turns of an OASST file (any form that rows.py reads), in the order of their ids.
 
     `lang` keeps messages of one language; `drop_synthetic` leaves out messages that a model wrote; `seed`
     shuffles the replies of each set, which files store best first. Raises UserError for a file that does not
@@ -90,12 +79,11 @@ def from_rows(
     drop_synthetic: bool = False,
     seed: int = 0,
 ) -> Seed:
-    """As `load`, from (line number, row) pairs in memory; `name` is what errors call their source."""
-    drops: Counter[str] = Counter()
-    rows = list(rows)
-    turns = _read_turns(rows, name, drops)
+    """As `load`, from (number, row) pairs in memory; `name` is what errors call their source."""
+    turns, drops = first_turns(list(rows), name)
+    messages = drops.total() + sum(1 + len(turn.replies) for turn in turns)
 
-    def reason_against(message: _Message, role: str) -> str | None:
+    def reason_against(message: Message, role: str) -> str | None:
         checks = {
             "wrong_role": message.role != role,
             "deleted": message.deleted,
@@ -109,44 +97,74 @@ def from_rows(
     examples: list[Example] = []
     sets: list[RankedSet] = []
     seen: set[str] = set()
-    unranked = 0
-    last_id = None
-    for turn in sorted(turns, key=lambda turn: (turn.prompt.id, turn.prompt.text)):
-        if turn.prompt.id == last_id:
-            drops["duplicate_id"] += 1
-            continue
-        last_id = turn.prompt.id
+    replies = 0
+    for turn in turns:
         if reason := reason_against(turn.prompt, "prompter"):
             drops[reason] += 1
+            drops["reply_of_dropped"] += len(turn.replies)
             continue
-        usable = []
-        for reply in turn.replies:
-            if reason := reason_against(reply, "assistant"):
-                drops[f"reply_{reason}"] += 1
-            else:
-                usable.append(reply)
+        against = [reason_against(reply, "assistant") for reply in turn.replies]
+        drops.update(f"reply_{reason}" for reason in against if reason)
+        usable = [reply for reply, reason in zip(turn.replies, against, strict=True) if not reason]
         ranked = [reply for reply in usable if reply.rank is not None]
+        drops["reply_no_rank"] += len(usable) - len(ranked)
         words = " ".join(turn.prompt.text.split()).casefold()
         if not ranked:
             drops["no_rank" if usable else "no_reply"] += 1
-            unranked += bool(usable)
         elif words in seen:
             drops["duplicate_prompt"] += 1
+            drops["reply_of_dropped"] += len(ranked)
         else:
             seen.add(words)
-            drops["reply_no_rank"] += len(usable) - len(ranked)
+            replies += len(ranked)
             _add_example(turn.prompt, ranked, examples, drops)
             _add_set(turn.prompt, ranked, seed, sets, drops)
     drops = +drops  # without the zeros
     if not examples and not sets:
-        if unranked and not any(reply.rank is not None for turn in turns for reply in turn.replies):
+        if drops["no_rank"] and all(reply.rank is None for turn in turns for reply in turn.replies):
             raise UserError(f"{name}: no ranks: rank is null in every reply, so the best reply is not known")
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(drops.items()))
-        raise UserError(f"{name}: no usable first turn in language '{lang}' (left out: {counts or 'nothing'})")
-    return Seed(tuple(examples), tuple(sets), dict(sorted(drops.items())))
+        there = Counter(turn.prompt.lang or "none" for turn in turns).most_common(5)
+        languages = ", ".join(f"{language} ({count})" for language, count in there)
+        raise UserError(
+            f"{name}: no usable first turn in language '{lang}' (left out: {counts or 'nothing'}; "
+            f"languages of the prompts: {languages or 'no prompts'})"
+        )
+    return Seed(tuple(examples), tuple(sets), dict(sorted(drops.items())), messages, len(seen), replies)
 
 
-def _add_example(prompt: _Message, ranked: Sequence[_Message], examples: list[Example], drops: Counter[str]) -> None:
+def summary(seed_data: Seed) -> list[tuple[str, int | float]]:
+    """What was read and what is used, as (label, figure): counts, then means, then what was left out by reason.
+
+    A human pair is two replies of one set with different ranks; equal ranks order nothing.
+    """
+    in_sets = [len(item.replies) for item in seed_data.sets]
+    pairs = sum(one != other for item in seed_data.sets for one, other in itertools.combinations(item.ranks, 2))
+    return [
+        ("messages read", seed_data.messages),
+        ("usable prompts", seed_data.prompts),
+        ("usable replies", seed_data.replies),
+        ("mean replies a prompt", seed_data.replies / max(1, seed_data.prompts)),
+        ("prompts with a rank-0 reply", len(seed_data.examples)),
+        ("ranked sets", len(seed_data.sets)),
+        ("mean replies a ranked set", sum(in_sets) / max(1, len(in_sets))),
+        ("most replies of a ranked set", max(in_sets, default=0)),
+        ("human pairs", pairs),
+        *((f"left out: {reason}", count) for reason, count in seed_data.drops.items()),
+    ]
+
+
+def summary_table(seed_data: Seed) -> str:
+    """`summary` as lines of plain text: labels flush left, figures flush right, means with two decimals."""
+    cells = [
+        (label, f"{figure:.2f}" if isinstance(figure, float) else f"{figure:,}")
+        for label, figure in summary(seed_data)
+    ]
+    left, right = (max(map(len, column)) for column in zip(*cells, strict=True))
+    return "\n".join(f"{label:<{left}}  {figure:>{right}}" for label, figure in cells)
+
+
+def _add_example(prompt: Message, ranked: Sequence[Message], examples: list[Example], drops: Counter[str]) -> None:
     best = sorted((reply for reply in ranked if reply.rank == 0), key=lambda reply: reply.id)
     if best:
         examples.append(Example(id=prompt.id, prompt=prompt.text, response=best[0].text, source=SOURCE))
@@ -155,7 +173,7 @@ def _add_example(prompt: _Message, ranked: Sequence[_Message], examples: list[Ex
 
 
 def _add_set(
-    prompt: _Message, ranked: Sequence[_Message], seed: int, sets: list[RankedSet], drops: Counter[str]
+    prompt: Message, ranked: Sequence[Message], seed: int, sets: list[RankedSet], drops: Counter[str]
 ) -> None:
     # Ranks are counted anew over the replies that are left, so that the best of them is 0 again.
     ranks = {rank: place for place, rank in enumerate(sorted({reply.rank or 0 for reply in ranked}))}
@@ -209,112 +227,9 @@ def split(seed_data: Seed, n_ift: int, n_eval: int, n_eft_train: int, seed: int)
 
 def _shuffled(items: Iterable[T], id_of: Callable[[T], str], salt: str) -> list[T]:
     """The items in the order of a hash of their ids: no Python version or file order changes this shuffle."""
-    return sorted(items, key=lambda item: hashlib.sha256(f"{salt}\n{id_of(item)}".encode()).digest())
 
+    def place(item: T) -> bytes:
+        # JSON can spell half a surrogate pair, which has no strict UTF-8.
+        return hashlib.sha256(f"{salt}\n{id_of(item)}".encode("utf-8", "surrogatepass")).digest()
 
-def _read_turns(rows: Sequence[tuple[int, Mapping[str, Any]]], name: str, drops: Counter[str]) -> list[_Turn]:
-    problems: list[tuple[int, str]] = []
-
-    def read(number: int, row: object) -> _Message | None:
-        message, wrong = _message(row)
-        if wrong:
-            problems.append((number, f"{name}:{number}: {'; '.join(wrong)}"))
-        return message
-
-    def trees() -> Iterator[_Turn]:
-        for number, row in rows:
-            tree = row.get("prompt")
-            prompt = read(number, tree)
-            replies = [] if not isinstance(tree, Mapping) else _replies(tree)
-            messages = tuple(filter(None, (read(number, reply) for reply in replies)))
-            drops["later_turn"] += sum(_count_below(reply) for reply in replies)
-            if prompt:
-                yield _Turn(prompt, messages)
-
-    def flat() -> Iterator[_Turn]:
-        messages: dict[str, _Message] = {}
-        parents: dict[str, object] = {}
-        for number, row in sorted(rows, key=lambda item: str(item[1].get("text"))):
-            message = read(number, row)
-            if message and message.id in messages:
-                drops["duplicate_id"] += 1
-            elif message:
-                messages[message.id] = message
-                parents[message.id] = row.get("parent_id")
-        children: dict[str, list[_Message]] = {id: [] for id, parent in parents.items() if parent is None}
-        for id, parent in parents.items():
-            if parent in children:
-                children[str(parent)].append(messages[id])
-            elif parent is not None:
-                drops["later_turn" if parent in parents else "orphan"] += 1
-        for id, replies in children.items():
-            yield _Turn(messages[id], tuple(replies))
-
-    nested = bool(rows) and "prompt" in rows[0][1]
-    if rows and not nested and "message_id" not in rows[0][1]:
-        raise UserError(f"{name}: not an OASST file: rows need 'prompt' (trees) or 'message_id' and 'parent_id'")
-    turns = list(trees() if nested else flat())
-    raise_problems(name, problems)
-    return turns
-
-
-def _replies(node: Mapping[str, Any]) -> list[Any]:
-    replies = node.get("replies")
-    return list(replies) if isinstance(replies, Sequence) and not isinstance(replies, str) else []
-
-
-def _count_below(node: object) -> int:
-    """How many messages hang below a reply, at any depth."""
-    below = 0
-    stack = [node]
-    while stack:
-        top = stack.pop()
-        replies = _replies(top) if isinstance(top, Mapping) else []
-        below += len(replies)
-        stack += replies
-    return below
-
-
-def _message(row: object) -> tuple[_Message | None, list[str]]:
-    """The message, or None with what is wrong with the row."""
-    if not isinstance(row, Mapping):
-        return None, ["a message must be an object"]
-    rank = row.get("rank")
-    if isinstance(rank, float) and (math.isnan(rank) or rank.is_integer()):
-        rank = None if math.isnan(rank) else int(rank)  # tables hold columns with gaps as floats
-    # Absent and null are the same for all but the three fields that make a message.
-    deleted, synthetic, text = row.get("deleted") or False, row.get("synthetic") or False, row.get("text")
-    checks = {
-        "'message_id' must be a string": isinstance(row.get("message_id"), str),
-        "'text' must be a string": isinstance(text, str) or (text is None and bool(deleted)),
-        "'role' must be a string": isinstance(row.get("role"), str),
-        "'rank' must be an integer of at least 0, or null": rank is None or (type(rank) is int and rank >= 0),
-        "'deleted' must be a boolean": isinstance(deleted, bool),
-        "'synthetic' must be a boolean": isinstance(synthetic, bool),
-    }
-    wrong = [what for what, holds in checks.items() if not holds]
-    if wrong:
-        return None, wrong
-    message = _Message(
-        id=row["message_id"],
-        text=text or "",
-        role=row["role"],
-        lang=row.get("lang") or "",
-        rank=None if rank is None else int(rank),
-        deleted=deleted,
-        synthetic=synthetic,
-        spam=_spam(row.get("labels")),
-    )
-    return message, []
-
-
-def _spam(labels: object) -> float:
-    """The spam label of {"spam": {"value": v}} or {"name": [...], "value": [...]}, 0 where absent."""
-    if not isinstance(labels, Mapping):
-        return 0.0
-    value: object = None
-    if isinstance(labels.get("spam"), Mapping):
-        value = labels["spam"].get("value")
-    elif labels.get("name") is not None and labels.get("value") is not None:
-        value = next(itertools.compress(labels["value"], (name == "spam" for name in labels["name"])), None)
-    return float(value) if isinstance(value, (int, float)) else 0.0
+    return sorted(items, key=place)

@@ -7,19 +7,12 @@ missing, extra or wrong-typed field is a `UserError` with file and line.
 
 import dataclasses
 import functools
-import gzip
 import json
-import os
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from etils import epath
-
+from selfreward_jax.data.rows import PathLike, describe, raise_problems, scan
 from selfreward_jax.errors import UserError
-
-PathLike = str | os.PathLike[str]
-MAX_PROBLEMS = 10  # problems shown of one file; the rest is a count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +72,9 @@ class Response:
 class Judgment:
     """Judgment `sample` of one candidate (paper 2.2, step 3).
 
-    `score` is the text of a Fraction, such as "4" or "7/2"; None means that the text holds no score, which is
-    never the same as a score of 0.
+    `score` is the text of a Fraction, such as "4" or "7/2"; None means that the text holds no score, for the
+    `reason` given, which is never the same as a score of 0. `expected` is the probability-weighted score where it
+    was asked for (`judge.score=expected`), as the text of a decimal number.
     """
 
     prompt_id: str
@@ -90,11 +84,13 @@ class Judgment:
     token_ids: tuple[int, ...]
     finish_reason: str
     score: str | None
+    reason: str | None = None
+    expected: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A preference pair (paper 2.3); scores are the text of Fractions, ids are the sampled ones."""
+    """A preference pair (paper 2.3); ids are the sampled ones, scores the text of Fractions (None: people chose)."""
 
     prompt_id: str
     prompt: str
@@ -104,11 +100,21 @@ class Pair:
     rejected: str
     chosen_ids: tuple[int, ...]
     rejected_ids: tuple[int, ...]
-    chosen_score: str
-    rejected_score: str
+    chosen_score: str | None
+    rejected_score: str | None
 
 
-Record = Prompt | Example | RankedSet | JudgeExample | Response | Judgment | Pair
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """A person's choice between two answers to a prompt, from the user's own data (paper 2.3, without a judge)."""
+
+    id: str
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+Record = Prompt | Example | RankedSet | JudgeExample | Response | Judgment | Pair | Preference
 R = TypeVar("R", bound=Record)
 
 
@@ -142,8 +148,6 @@ _KINDS: dict[Any, tuple[str, Callable[[object], bool], Callable[[Any], Any]]] = 
     tuple[int, ...]: ("a list of integers", _list_of(_is_int), tuple),
     tuple[float, ...]: ("a list of numbers", _list_of(_is_number), lambda value: tuple(map(float, value))),
 }
-_JSON_NAMES = {str: "a string", bool: "a boolean", int: "an integer", float: "a number", list: "a list",
-               dict: "an object", type(None): "null"}  # fmt: skip
 
 
 @functools.cache
@@ -183,24 +187,19 @@ def from_json(cls: type[R], row: Mapping[str, object], where: str) -> R:
         if test(row[name]):
             values[name] = convert(row[name])
         else:
-            problems.append(f"'{name}' must be {wanted}, {_describe(row[name])} found")
+            problems.append(f"'{name}' must be {wanted}, {describe(row[name])} found")
     if problems:
         raise UserError(f"{where}: not a {cls.__name__}: {'; '.join(problems)}")
     return cls(**values)
 
 
-def _describe(value: object) -> str:
-    found = _JSON_NAMES.get(type(value), type(value).__name__)
-    return found if not isinstance(value, list) else "a list with something else"
-
-
 def read_records(path: PathLike, cls: type[R]) -> list[R]:
-    """All records of a jsonl file (plain or gzip, local or remote).
+    """All records of a file of rows (see rows.py; our own are jsonl).
 
     Raises UserError for a file that is missing, unreadable or empty, and otherwise one line for each bad row
-    (the first ten, then a count), whether it is not JSON or does not have the fields of `cls`.
+    (the first ten, then a count), whether it is no object or does not have the fields of `cls`.
     """
-    rows, problems = _read(path)
+    rows, problems = scan(path)
     records: list[R] = []
     for number, row in rows:
         try:
@@ -209,71 +208,3 @@ def read_records(path: PathLike, cls: type[R]) -> list[R]:
             problems.append((number, str(error)))
     raise_problems(path, problems)
     return records
-
-
-def read_rows(path: PathLike) -> list[tuple[int, dict[str, Any]]]:
-    """The (line number, object) rows of a jsonl file, whose fields are the caller's to check.
-
-    gzip is recognised by its content, so `.jsonl.gz` and `.json.gz` both read; line numbers are of the
-    unpacked text, from 1. Blank lines are passed over. Raises UserError as `read_records` does.
-    """
-    rows, problems = _read(path)
-    raise_problems(path, problems)
-    return rows
-
-
-def raise_problems(path: PathLike, problems: list[tuple[int, str]]) -> None:
-    """Raises the (line number, message) problems of a file, if any, as one UserError in line order."""
-    if not problems:
-        return
-    lines = [message for _, message in sorted(problems)]
-    if len(lines) > MAX_PROBLEMS:
-        lines = [*lines[:MAX_PROBLEMS], f"{path}: {len(lines) - MAX_PROBLEMS} more bad lines"]
-    raise UserError(*lines)
-
-
-def _read(path: PathLike) -> tuple[list[tuple[int, dict[str, Any]]], list[tuple[int, str]]]:
-    rows: list[tuple[int, dict[str, Any]]] = []
-    problems: list[tuple[int, str]] = []
-    # Split at "\n" alone: text may hold U+2028 and other marks that str.splitlines takes for line ends.
-    for number, line in enumerate(_read_bytes(path).split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode(), parse_constant=_refuse_constant)
-        except UnicodeDecodeError as error:
-            problems.append((number, f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start + 1})"))
-        except json.JSONDecodeError as error:
-            problems.append((number, f"{path}:{number}: not JSON ({error.msg}, column {error.colno})"))
-        except (ValueError, RecursionError) as error:
-            problems.append((number, f"{path}:{number}: not JSON ({error})"))
-        else:
-            if isinstance(row, dict):
-                rows.append((number, row))
-            else:
-                problems.append((number, f"{path}:{number}: an object a line is needed, {_describe(row)} found"))
-    if not rows and not problems:
-        raise UserError(f"{path}: the file is empty")
-    return rows, problems
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _read_bytes(path: PathLike) -> bytes:
-    file = epath.Path(path)
-    if not file.exists():
-        raise UserError(f"{path}: no such file")
-    if file.is_dir():
-        raise UserError(f"{path}: is a folder, a file is needed")
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if content[:2] != b"\x1f\x8b":
-        return content
-    try:
-        return gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: damaged gzip ({error})") from error

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from selfreward_jax.data.chat import Chat, decode, encode_prompt
 from selfreward_jax.data.records import Judgment
-from selfreward_jax.judging.scores import parse_score
+from selfreward_jax.judging.scores import read_score
 from selfreward_jax.judging.templates import Template, render
 from selfreward_jax.sampling.engine import Completion, Request
 
@@ -21,20 +21,36 @@ def request(chat: Chat, template: Template, instruction: str, response: str, ind
 def judgments(
     chat: Chat, template: Template, prompt_id: str, response_index: int, completions: Sequence[Completion]
 ) -> list[Judgment]:
-    """Records of a response's judgments; a score is read from generated tokens only, no score is None."""
-    out = []
-    for sample, completion in enumerate(completions):
-        text = decode(chat, completion.ids)
-        score = parse_score(text, template.low, template.high)
-        out.append(
-            Judgment(
-                prompt_id, response_index, sample, text, completion.ids, completion.finish_reason,
-                None if score is None else str(score),
-            )
-        )  # fmt: skip
-    return out
+    """Records of a response's sampled judgments."""
+    return [
+        judgment(
+            template, prompt_id, response_index, sample, decode(chat, completion.ids), completion.ids,
+            completion.finish_reason,
+        )
+        for sample, completion in enumerate(completions)
+    ]  # fmt: skip
+
+
+def judgment(
+    template: Template,
+    prompt_id: str,
+    response_index: int,
+    sample: int,
+    text: str,
+    token_ids: tuple[int, ...],
+    finish_reason: str,
+) -> Judgment:
+    """One record; the score is read from generated text only, and no score is None with a reason."""
+    read = read_score(text, template.low, template.high, finish_reason == "stop")
+    score = None if read.score is None else str(read.score)
+    return Judgment(prompt_id, response_index, sample, text, token_ids, finish_reason, score, read.reason)
+
+
+def stated_score(judgment: Judgment) -> Fraction | None:
+    """The score that the judgment's text states, exact."""
+    return None if judgment.score is None else Fraction(judgment.score)
 
 
 def score_of(judgment: Judgment) -> Fraction | None:
-    """The judgment's score, exact."""
-    return None if judgment.score is None else Fraction(judgment.score)
+    """The judgment's score, exact: the expected one where that was asked for, else the one it states."""
+    return stated_score(judgment) if judgment.expected is None else Fraction(judgment.expected)

@@ -10,7 +10,6 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Literal
 
 import numpy as np
 import scipy.stats
@@ -50,8 +49,8 @@ class Thinned:
     """The positions that `thin_most_common` kept, ascending, and the count of each score before and after."""
 
     kept: tuple[int, ...]
-    before: dict[int, int]
-    after: dict[int, int]
+    before: dict[Fraction | int, int]
+    after: dict[Fraction | int, int]
 
 
 def pairwise(scores: Sequence[Fraction | None], ranks: Sequence[int]) -> PairCounts:
@@ -71,9 +70,7 @@ def pairwise(scores: Sequence[Fraction | None], ranks: Sequence[int]) -> PairCou
     return PairCounts(**counts)
 
 
-def agrees(
-    scores: Sequence[Fraction | None], ranks: Sequence[int], ties: Literal["strict", "lenient"] = "strict"
-) -> bool:
+def agrees(scores: Sequence[Fraction | None], ranks: Sequence[int], ties: str = "strict") -> bool:
     """Whether the ranking of the scores agrees with the human one, the test of EFT acceptance (paper 3.1.1).
 
     'strict': every better rank has the strictly higher score. 'lenient': equal scores are let pass, as long
@@ -128,7 +125,7 @@ def against_chance(sets: Sequence[PairCounts], seed: int) -> tuple[float, float,
     return 0.5 if accuracy is None else accuracy, *interval(halves, seed)
 
 
-def thin_most_common(scores: Sequence[int], max_share: float, seed: int) -> Thinned:
+def thin_most_common(scores: Sequence[Fraction | int], max_share: float, seed: int) -> Thinned:
     """Drops examples of the most common score at random until its share is at most `max_share` (paper 3.1.1).
 
     Only the score that is most common at the start is thinned (of equally common ones, the higher), as the

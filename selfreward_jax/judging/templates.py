@@ -1,4 +1,10 @@
-"""Judge prompts: the paper's Figure 2 or a user's own, and how a response is put into one.
+"""Judge prompts: the paper's Figures 2 and 7 or a user's own, and how a response is put into one.
+
+The line breaks are restored: the text of the paper that both were taken from has none. 'multiple_choice' (A.2,
+Figure 7, after Li et al. 2024, arXiv 2308.06259) has one line a criterion right below its first line, as the
+prompt that it goes back to (their Table 19) is quoted; the parts stand as in 'additive'. The spaces of Figure 7
+in "< response >" and "< rating >" are left out, taken for an effect of typesetting: Figure 2 and Table 19 have
+none, and the judge is to write "Score: 4".
 
 What stands in the two places comes from data or from the model that is being judged, so it must not be able
 to end its place early. Placeholders inside the texts stay text (one pass over the template), and the tags
@@ -21,7 +27,13 @@ RESPONSE = "<RESPONSE_HERE>"
 
 # name: (file, sha256 of the prompt, lowest score, highest score). The sum pins the wording: one changed
 # character of a judge prompt is another judge.
-_BUILT_IN = {"additive": ("additive.txt", "2ee1f2185a36b0bace155bb1c091c7541a1f289385fb9f346bca46785ac9850e", 0, 5)}
+_BUILT_IN = {
+    "additive": ("additive.txt", "2ee1f2185a36b0bace155bb1c091c7541a1f289385fb9f346bca46785ac9850e", 0, 5),
+    "multiple_choice": (
+        "multiple_choice.txt", "ccc75a14f14a21b16b0c35933aea08237a579ddbc5b56d98e019229dcb06f1c6", 1, 5
+    ),
+}  # fmt: skip
+_DEFAULT_RANGE = (0, 5)  # of a file, which cannot say its own
 _PLACEHOLDER = re.compile(f"{INSTRUCTION}|{RESPONSE}")
 # Each part of a tag is a run of one kind of character, so a failing match costs no more than the run it read.
 _TAG = re.compile(r"<(?=\\*\s*(?:/\s*)?response\b)", re.IGNORECASE)
@@ -37,18 +49,26 @@ class Template:
     high: int
 
 
-def load(name_or_path: str | os.PathLike[str], low: int = 0, high: int = 5) -> Template:
-    """The built-in template 'additive' (paper Figure 2, scores 0 to 5), or a UTF-8 file with the two
-    placeholders.
+def load(name_or_path: str | os.PathLike[str], low: int | None = None, high: int | None = None) -> Template:
+    """A built-in template, 'additive' or 'multiple_choice', or a UTF-8 file with the two placeholders.
 
-    One line end at the end of the file is not part of the prompt. Raises UserError for a file that is missing
-    or is not UTF-8, a placeholder that does not stand in it exactly once, and a score range that is empty or,
-    for a built-in template, not its own.
+    One line end at the end of the file is not part of the prompt.
+
+    Args:
+        name_or_path: the name of a built-in template (it goes before a file of that name), or a path.
+        low: the lowest score; None for a built-in template's own (additive 0, multiple_choice 1), 0 for a file.
+        high: the highest score; None for a built-in template's own (both 5), 5 for a file.
+
+    Raises:
+        UserError: the file is missing or is not UTF-8, a placeholder does not stand in it exactly once, or the
+            score range is empty or, for a built-in template, not its own.
     """
-    problems = [] if 0 <= low < high else [f"score range {low} to {high}: must have 0 <= low < high"]
     name = os.fspath(name_or_path)
+    own_low, own_high = _BUILT_IN[name][2:] if name in _BUILT_IN else _DEFAULT_RANGE
+    low, high = own_low if low is None else low, own_high if high is None else high
+    problems = [] if 0 <= low < high else [f"score range {low} to {high}: must have 0 <= low < high"]
     if name in _BUILT_IN:
-        file, digest, own_low, own_high = _BUILT_IN[name]
+        file, digest = _BUILT_IN[name][:2]
         folder = importlib.resources.files("selfreward_jax.judging") / "templates"
         text = _without_line_end((folder / file).read_text(encoding="utf-8"))
         if hashlib.sha256(text.encode()).hexdigest() != digest:

@@ -11,7 +11,7 @@ from selfreward_jax.evaluation import judge
 from selfreward_jax.judging.agreement import PairCounts, against_chance, interval, pairwise
 from selfreward_jax.judging.scores import mean_score
 from selfreward_jax.observe.progress import say
-from selfreward_jax.run import Run, fits, judge_template, params_of, read_ours, sample_parts, sampling
+from selfreward_jax.run import Run, engine, fits, judge_template, params_of, read_ours, sample_parts, sampling
 from selfreward_jax.sampling.engine import Completion, Request
 
 
@@ -25,17 +25,19 @@ def _answers(run: Run, model: str) -> dict[str, Any]:
     chosen = prompt_texts(config.data.validation, "validation.jsonl")[: config.check.prompts]
     encoded = [(key, tuple(encode_prompt(run.chat, text))) for key, text in chosen]
     how = sampling(run, config.responses)
-    kept = [(key, ids) for key, ids in encoded if fits(run, ids, how.max_new_tokens)]
+    kept = [(key, ids) for key, ids in encoded if fits(run.source.config, ids, how.max_new_tokens)]
     if not kept:
         return {}
 
-    def record(index: int, completions: list[Completion]) -> list[Response]:
-        (c,) = completions
-        return [Response(kept[index][0], 0, decode(run.chat, c.ids), c.ids, c.logprobs, c.finish_reason)]
+    def record(first: int, completions: list[list[Completion]]) -> list[Response]:
+        return [
+            Response(key, 0, decode(run.chat, c.ids), c.ids, c.logprobs, c.finish_reason)
+            for (key, _), (c,) in zip(kept[first:], completions, strict=False)
+        ]
 
     requests = [Request(ids, (index,)) for index, (_, ids) in enumerate(kept)]
     files = sample_parts(
-        run, params_of(run, model), how, requests, f"{model}/answers", run.root / model / "check" / "answers",
+        run, engine(run, params_of(run, model)), how, requests, f"{model}/answers", run.root / model / "check" / "answers",
         "answers", record,
     )  # fmt: skip
     answers = [answer for file in files for answer in read_ours(file, Response)]
@@ -64,16 +66,19 @@ def _judge(run: Run, model: str, name: str, items: list[tuple[str, int, str, str
     kept, requests = [], []
     for place, (_, _, instruction, response) in enumerate(items):
         made = judge.request(run.chat, template, instruction, response, place, config.check.k)
-        if fits(run, made.ids, how.max_new_tokens):
+        if fits(run.source.config, made.ids, how.max_new_tokens):
             kept.append(place)
             requests.append(made)
 
-    def record(index: int, completions: list[Completion]) -> list[Judgment]:
-        key, reply, _, _ = items[kept[index]]
-        return judge.judgments(run.chat, template, key, reply, completions)
+    def record(first: int, completions: list[list[Completion]]) -> list[Judgment]:
+        return [
+            judgment
+            for (key, reply, _, _), some in zip((items[place] for place in kept[first:]), completions, strict=False)
+            for judgment in judge.judgments(run.chat, template, key, reply, some)
+        ]
 
     files = sample_parts(
-        run, params_of(run, model), how, requests, f"{model}/judge-{name}", run.root / model / "check" / name,
+        run, engine(run, params_of(run, model)), how, requests, f"{model}/judge-{name}", run.root / model / "check" / name,
         "judgments", record,
     )  # fmt: skip
     out: list[list[Judgment]] = [[] for _ in items]

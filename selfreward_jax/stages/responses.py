@@ -7,7 +7,7 @@ from typing import Any
 from selfreward_jax.data.chat import decode, encode_prompt
 from selfreward_jax.data.records import Prompt, Response, read_records
 from selfreward_jax.observe.progress import say
-from selfreward_jax.run import Run, params_of, read_ours, sample_parts, sampling
+from selfreward_jax.run import Run, engine, params_of, read_ours, sample_parts, sampling
 from selfreward_jax.sampling.engine import Completion, Request
 
 
@@ -20,14 +20,15 @@ def make(run: Run, model: str, before: str) -> dict[str, Any]:
         for i, prompt in enumerate(prompts)
     ]
 
-    def record(index: int, completions: list[Completion]) -> list[Response]:
+    def record(first: int, completions: list[list[Completion]]) -> list[Response]:
         return [
-            Response(prompts[index].id, n, decode(run.chat, c.ids), c.ids, c.logprobs, c.finish_reason)
-            for n, c in enumerate(completions)
+            Response(prompts[first + i].id, n, decode(run.chat, c.ids), c.ids, c.logprobs, c.finish_reason)
+            for i, some in enumerate(completions)
+            for n, c in enumerate(some)
         ]
 
     files = sample_parts(
-        run, params_of(run, before), sampling(run, config), requests, f"{model}/responses",
+        run, engine(run, params_of(run, before)), sampling(run, config), requests, f"{model}/responses",
         run.root / model / "responses", "responses", record,
     )  # fmt: skip
     responses = [response for file in files for response in read_ours(file, Response)]

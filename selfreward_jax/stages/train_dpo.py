@@ -16,7 +16,7 @@ from selfreward_jax.data.records import Pair, read_records
 from selfreward_jax.errors import UserError
 from selfreward_jax.model import llama
 from selfreward_jax.observe.progress import say
-from selfreward_jax.run import Run, abstract_params, compute, pair_rows, params_of, plan, take_params
+from selfreward_jax.run import Run, compute, fresh_params, pair_rows, params_of, plan, take_params
 from selfreward_jax.training import checkpoint, step, trainer
 
 # Largest |margin| before the first update, nats, by compute dtype: policy and reference are the same weights.
@@ -83,7 +83,7 @@ def make(run: Run, model: str, before: str) -> dict[str, Any]:
     pairs = read_records(run.root / model / "pairs.jsonl", Pair)
     how = plan(run, config.dpo, len(pairs))
     if config.dpo.reference == "live":
-        frozen = checkpoint.load_params(run.root / before / "params", abstract_params(run))
+        frozen = fresh_params(run, before)
         items = [trainer.PairRow(*pair_rows(run, pair), 0.0, 0.0) for pair in pairs]
         collate: Any = partial(_collate_live, run, frozen)
     else:

@@ -1,20 +1,24 @@
-"""Supervised fine-tuning (paper sections 2.3 and 3.1.3): the SFT baseline on IFT, M1 on IFT and EFT, both from M0."""
+"""Supervised fine-tuning (paper sections 2.3 and 3.1.3): the SFT baseline on IFT, M1 on IFT and EFT, both from M0.
+
+Also the positive-only alternative to DPO (A.4), which starts from M0 and adds self-made examples with a weight.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from selfreward_jax.data.batches import Row
 from selfreward_jax.data.chat import encode_example
-from selfreward_jax.data.records import Example, read_records
+from selfreward_jax.data.records import Example
 from selfreward_jax.errors import UserError
 from selfreward_jax.observe.progress import say
-from selfreward_jax.run import Run, compute, plan, take_params
+from selfreward_jax.run import Run, compute, params_of, plan, read_ours, take_params
 from selfreward_jax.training import checkpoint, step, trainer
 
 
-def encode(run: Run, examples: list[Example]) -> tuple[list[Row], dict[str, int]]:
+def encode(run: Run, examples: Sequence[Example], weight: float) -> tuple[list[Row], dict[str, int]]:
     """Token rows, and what was dropped by reason: a target over the limit is dropped, never cut (a cut one teaches
     no end of turn)."""
     rows, drops = [], Counter[str]()
@@ -24,23 +28,30 @@ def encode(run: Run, examples: list[Example]) -> tuple[list[Row], dict[str, int]
         if len(ids) > limit:
             drops[f"over {limit} tokens"] += 1
         else:
-            rows.append(Row(tuple(ids), start))
+            rows.append(Row(tuple(ids), start, weight))
     return rows, dict(drops)
 
 
-def make(run: Run, model: str) -> dict[str, Any]:
-    """Trains "sft" or "m1" from M0; writes `MODEL/params/`."""
+def make(run: Run, model: str, files: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """Trains `model` from M0; writes `MODEL/params/`.
+
+    Args:
+        files: (path of Examples under the workdir, loss weight of each of its examples).
+    """
     config = run.config
-    ift = read_records(run.root / "seed" / "ift.jsonl", Example)
-    eft = read_records(run.root / "m1" / "eft_train.jsonl", Example) if model == "m1" else []
-    rows, drops = encode(run, ift + eft)
+    rows: list[Row] = []
+    drops: Counter[str] = Counter()
+    for name, weight in files:
+        some, dropped = encode(run, read_ours(run.root / name, Example), weight)
+        rows += some
+        drops.update(dropped)
     if not rows:
-        raise UserError(f"[{model}/train] no example is left ({drops}); raise --config.data.max_length")
+        raise UserError(f"[{model}/train] no example is left ({dict(drops)}); raise --config.data.max_length")
     lengths = [len(row.tokens) for row in rows]
     targets = [len(row.tokens) - row.start for row in rows]
     say(
         f"[{model}/train] {len(rows)} examples, mean {sum(lengths) / len(rows):.0f} tokens of which"
-        f" {sum(targets) / len(rows):.0f} targets, longest {max(lengths)}; dropped {drops or 'none'}"
+        f" {sum(targets) / len(rows):.0f} targets, longest {max(lengths)}; dropped {dict(drops) or 'none'}"
     )
     params, summary = trainer.train(
         f"{model}/train", run.source.config, compute(config), plan(run, config.sft, len(rows)), run.mesh,
@@ -48,4 +59,11 @@ def make(run: Run, model: str) -> dict[str, Any]:
     )  # fmt: skip
     checkpoint.save_params(run.root / model / "params", params)
     run.held = (model, params)
-    return {"examples": len(rows), "tokens": sum(lengths), "drops": drops, **summary}
+    return {"examples": len(rows), "tokens": sum(lengths), "drops": dict(drops), **summary}
+
+
+def copy(run: Run, model: str, of: str) -> dict[str, Any]:
+    """Without EFT data (paper A.3) M1 is the SFT baseline: the same parameters, not the same training again."""
+    checkpoint.save_params(run.root / model / "params", params_of(run, of))
+    say(f"[{model}/train] {model.upper()} is {of.upper()}: --config.eft.source=none")
+    return {"copy_of": of}

@@ -21,7 +21,7 @@ class Batch(NamedTuple):
         positions: `[B,T]` int32, NOWHERE at padding.
         at: `[B,M]` int32, the index of the token that predicts a target (target index minus one: the shift is here).
         targets: `[B,M]` int32.
-        weights: `[B,M]` float32, 1 at targets, 0 at padding.
+        weights: `[B,M]` float32, above 0 at targets (1, or a mixing weight), 0 at padding.
     """
 
     tokens: jax.Array
@@ -71,4 +71,4 @@ def target_logprobs(
 
     _, logps = jax.lax.scan(piece, None, (split(picked), split(batch.targets)))
     logps = jnp.moveaxis(logps, 0, 1).reshape(batch.at.shape[0], pieces * width)[:, : batch.at.shape[1]]
-    return logps * batch.weights
+    return jnp.where(batch.weights > 0, logps, 0.0)

@@ -11,10 +11,10 @@ def sft_loss(logps: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array
 
     Args:
         logps: `[B,M]` float32 log-probs of the targets, nats.
-        weights: `[B,M]` float32, 1 at targets and 0 at padding.
+        weights: `[B,M]` float32, 1 at targets (or their example's mixing weight) and 0 at padding.
 
     Returns:
-        The sum over targets and their number; the mean is their quotient, taken once over a whole batch.
+        The weighted sum over targets and their weight; the mean is their quotient, taken once over a whole batch.
     """
     return -jnp.sum(logps * weights), jnp.sum(weights)
 

@@ -4,6 +4,8 @@ import gzip
 import json
 import random
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,17 +32,11 @@ def good_tree(id, size=3):
 
 def flat(node, parent=None):
     row = {key: value for key, value in node.items() if key != "replies"}
-    return [row | {"parent_id": parent}] + [
-        r for child in node["replies"] for r in flat(child, node["message_id"])
-    ]
+    return [row | {"parent_id": parent}] + [r for child in node["replies"] for r in flat(child, node["message_id"])]
 
 
 def load(path, trees, layout="trees", **options):
-    rows = (
-        [{"prompt": node} for node in trees]
-        if layout == "trees"
-        else [r for node in trees for r in flat(node)]
-    )
+    rows = [{"prompt": node} for node in trees] if layout == "trees" else [r for node in trees for r in flat(node)]
     if layout == "shuffled":
         random.Random(3).shuffle(rows)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -77,7 +73,8 @@ DROPS = {
     "reply_deleted": 1,
     "reply_empty": 1,
     "reply_other_language": 1,
-    "reply_no_rank": 1,
+    "reply_no_rank": 2,
+    "reply_of_dropped": 5,
     "reply_spam": 1,
     "reply_wrong_role": 1,
     "no_rank_0": 4,
@@ -102,9 +99,7 @@ def test_ranks_stay_with_their_replies_and_start_at_0(tmp_path):
         "reply p5.1": 0,
         "reply p5.2": 1,
     }
-    assert dict(zip(by_id["p1"].replies, by_id["p1"].ranks, strict=True)) == {
-        f"reply p1.{r}": r for r in range(3)
-    }
+    assert dict(zip(by_id["p1"].replies, by_id["p1"].ranks, strict=True)) == {f"reply p1.{r}": r for r in range(3)}
 
 
 def test_layouts_and_orders_give_the_same_data(tmp_path):
@@ -132,7 +127,7 @@ def test_synthetic_messages_go_out_on_request(tmp_path):
     assert len(load(tmp_path / "x", forest).examples) == 3
     seed = load(tmp_path / "x", forest, drop_synthetic=True)
     assert [example.id for example in seed.examples] == ["a"]
-    assert seed.drops == {"no_reply": 1, "reply_synthetic": 1, "synthetic": 1}
+    assert seed.drops == {"no_reply": 1, "reply_of_dropped": 1, "reply_synthetic": 1, "synthetic": 1}
 
 
 def test_another_language(tmp_path):
@@ -150,7 +145,11 @@ def test_orphans_and_repeated_ids_are_counted(tmp_path):
     path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
     seed = oasst.load(path)
     assert seed.drops == {"duplicate_id": 1, "orphan": 1} and seed.examples[0].prompt == "prompt a"
-    assert load(tmp_path / "b", [good_tree("a"), good_tree("a")]).drops == {"duplicate_id": 1}
+    twice = [good_tree("a"), tree("a", reply("a.0", 0), reply("a.9", 9))]
+    for layout in ("trees", "flat", "shuffled"):
+        seed = load(tmp_path / "b", twice, layout)
+        assert seed.drops == {"duplicate_id": 2}
+        assert sorted(seed.sets[0].replies) == ["reply a.0", "reply a.1", "reply a.2", "reply a.9"]
 
 
 def test_tables_write_ranks_as_floats(tmp_path):
@@ -165,102 +164,127 @@ def test_a_file_without_ranks_is_an_error(tmp_path):
 
 
 def test_a_file_without_anything_usable_is_an_error(tmp_path):
-    with pytest.raises(
-        UserError, match=r"no usable first turn in language 'fr' \(left out: 1 other_language\)"
-    ):
-        load(tmp_path / "x", [good_tree("a")], lang="fr")
-
-
-def test_wrong_rows_are_named_by_line(tmp_path):
-    path = tmp_path / "x"
-    path.write_text(
-        "\n".join(
-            map(
-                json.dumps,
-                [
-                    message("a", role="prompter", parent_id=None),
-                    {"message_id": 3, "text": "t", "role": "prompter"},
-                    message("b", rank="0", parent_id="a"),
-                    message("c", None, parent_id="a"),
-                    message("d", rank=True),
-                ],
-            )
-        )
-    )
+    forest = [good_tree("a"), good_tree("b"), tree("c", lang="ru"), tree("d", lang=None)]
     with pytest.raises(UserError) as caught:
-        oasst.load(path)
+        load(tmp_path / "x", forest, lang="fr")
     assert caught.value.args == (
-        f"{path}:2: 'message_id' must be a string",
-        f"{path}:3: 'rank' must be an integer of at least 0, or null",
-        f"{path}:4: 'text' must be a string",
-        f"{path}:5: 'rank' must be an integer of at least 0, or null",
+        f"{tmp_path / 'x'}: no usable first turn in language 'fr' (left out: 4 other_language, 6 reply_of_dropped; "
+        "languages of the prompts: en (2), ru (1), none (1))",
     )
-    path.write_text('{"prompt": "a text", "response": "b"}')
-    with pytest.raises(UserError, match="x:1: a message must be an object"):
-        oasst.load(path)
-    path.write_text('{"instruction": "a"}')
-    with pytest.raises(UserError, match="not an OASST file"):
-        oasst.load(path)
 
 
-def test_deep_trees_load(tmp_path):
-    node = reply("end", 0)
-    for depth in range(150):
-        node = message(f"m{depth}", replies=[node])
+def test_bad_files_are_lines(tmp_path):
     path = tmp_path / "x"
-    assert load(path, [tree("a", reply("a.0", 0, replies=[node]))]).drops == {
-        "later_turn": 151,
-        "one_ranked": 1,
+    path.write_text(json.dumps(message("a", parent_id=None)) + '\n\n{"message_id": 3}\n[]\n')
+    with pytest.raises(UserError, match=f"^{path}:4: an object a line is needed"):
+        oasst.load(path)
+    path.write_text(json.dumps(message("a", parent_id=None)) + '\n\n{"message_id": 3}\n')
+    with pytest.raises(UserError, match=f"^{path}:3: 'message_id' must be a string; 'text' must"):
+        oasst.load(path)
+
+
+def test_a_file_of_circles_alone_is_one_line():
+    rows = [message("a", "x", "prompter", parent_id="b"), message("b", parent_id="a", rank=0)]
+    with pytest.raises(UserError) as caught:
+        oasst.from_rows(enumerate(rows, 1), "made")
+    assert caught.value.args == (
+        "made: no usable first turn in language 'en' (left out: 2 cyclic; languages of the prompts: no prompts)",
+    )
+
+
+def test_gaps_close_and_ties_stay(tmp_path):
+    ranks = {"a": 7, "b": 2, "c": 7, "d": 30, "e": 2}
+    seed = load(tmp_path / "x", [tree("p", *[reply(id, rank) for id, rank in ranks.items()])])
+    (found,) = seed.sets
+    places = dict(zip(found.replies, found.ranks, strict=True))
+    assert places == {f"reply {id}": place for id, place in {"a": 1, "b": 0, "c": 1, "d": 2, "e": 0}.items()}
+    assert dict(oasst.summary(seed))["human pairs"] == 8  # of ten pairs, two are ties
+    assert seed.examples == () and seed.drops == {"no_rank_0": 1}  # the best reply itself is not in the file
+
+
+ROLES, LANGS = st.sampled_from(["assistant"] * 4 + ["prompter"]), st.sampled_from(["en"] * 4 + ["de", None])
+SOME = st.fixed_dictionaries(
+    {
+        "message_id": st.sampled_from("abcdefghij"),
+        "parent_id": st.sampled_from([None, None, *"abcdefgz"]),
+        "text": st.sampled_from(["one", "two", " ONE", "three", "four", ""]),
+        "role": ROLES,
+        "lang": LANGS,
+        "rank": st.none() | st.integers(0, 3),
+        "deleted": st.booleans() | st.none(),
+        "synthetic": st.booleans(),
+        "labels": st.sampled_from([None, {"spam": {"value": 0.5}}, {"name": ["spam"], "value": [0.1]}]),
     }
+)
+ROOT = message("A", "a question", "prompter", parent_id=None)
+REPLIES = [message(f"A{rank}", parent_id="A", rank=rank) for rank in range(2)]
 
 
-def seed_of(sets, examples):
-    return oasst.Seed(
-        tuple(oasst.Example(f"p{n}", f"prompt {n}", "r", "oasst") for n in range(examples)),
-        tuple(oasst.RankedSet(f"p{n}", f"prompt {n}", ("a", "b"), (0, 1)) for n in range(sets)),
-        {},
-    )
+@settings(max_examples=200)
+@given(st.lists(SOME, max_size=20), st.booleans(), st.randoms(use_true_random=False))
+def test_every_message_is_used_or_counted_once_in_any_order(some, drop_synthetic, rng):
+    rows = [ROOT, *REPLIES, *({**row, "role": "prompter"} if row["parent_id"] is None else row for row in some)]
+    seed = oasst.from_rows(enumerate(rows, 1), "made", drop_synthetic=drop_synthetic)
+    about_results = {"no_rank_0", "one_ranked", "tied_ranks"}
+    dropped = sum(count for reason, count in seed.drops.items() if reason not in about_results)
+    assert seed.messages == len(rows) == seed.prompts + seed.replies + dropped
+    assert seed.prompts == len(seed.examples) + seed.drops.get("no_rank_0", 0)
+    assert seed.prompts == len(seed.sets) + seed.drops.get("one_ranked", 0) + seed.drops.get("tied_ranks", 0)
+    assert all(count > 0 for count in seed.drops.values())
+    rng.shuffle(rows)
+    assert oasst.from_rows(enumerate(rows, 1), "made", drop_synthetic=drop_synthetic) == seed
 
 
-@settings(deadline=None, max_examples=60, database=None)
-@given(st.data(), st.integers(0, 12), st.integers(0, 12), st.integers(0, 3))
-def test_parts_are_disjoint_and_lose_nothing(data, sets, more, seed):
-    seed_data = seed_of(sets, sets + more)
-    n_eval = data.draw(st.integers(-1, sets))
-    left = 0 if n_eval == -1 else sets - n_eval
-    n_train = data.draw(st.integers(-1, left))
-    taken = sets if -1 in (n_eval, n_train) else n_eval + n_train
-    n_ift = data.draw(st.integers(-1, sets + more - taken))
-    parts = oasst.split(seed_data, n_ift, n_eval, n_train, seed)
-    ids = [item.id for part in (parts.ift, parts.eft_train, parts.eft_eval, parts.rest) for item in part]
-    assert sorted(ids) == sorted(example.id for example in seed_data.examples)
-    assert len(parts.ift) == (sets + more - taken if n_ift == -1 else n_ift)
-    assert len(parts.eft_eval) == (sets if n_eval == -1 else n_eval)
-    backwards = oasst.Seed(seed_data.examples[::-1], seed_data.sets[::-1], {})
-    assert oasst.split(backwards, n_ift, n_eval, n_train, seed) == parts
+def test_a_table_reads_as_lines_do(tmp_path):
+    rows = [row for node in FOREST for row in flat(node)]
+    columns = sorted({name for row in rows for name in row} - {"labels"})
+    labels = {"q2": (["spam"], [0.5]), "q3.1": (["lang", "spam"], [0.0, 1.0]), "q8.0": (["spam"], [0.4])}
+    table = {name: [row.get(name) for row in rows] for name in columns}
+    table["rank"] = pa.array([float("nan") if rank is None else rank for rank in table["rank"]], pa.float64())
+    given_ = [labels.get(row["message_id"]) for row in rows]
+    table["labels"] = pa.array([one and {"name": one[0], "value": one[1]} for one in given_])
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    assert oasst.load(tmp_path / "a.parquet") == load(tmp_path / "a.jsonl", FOREST)
 
 
-def test_a_split_is_the_same_on_every_machine():
-    parts = oasst.split(seed_of(9, 20), 5, 3, 2, 0)
-    assert [item.id for item in parts.eft_eval] == ["p1", "p3", "p6"]
-    assert oasst.split(seed_of(9, 20), 9, 3, 2, 0).eft_eval == parts.eft_eval  # the size of IFT moves no set
-    assert oasst.split(seed_of(9, 20), 5, 3, 2, 1) != parts
+def test_the_summary_counts_what_is_there(tmp_path):
+    seed = load(tmp_path / "a.jsonl", FOREST)
+    messages = sum(len(flat(node)) for node in FOREST)
+    assert oasst.summary(seed) == [
+        ("messages read", messages),
+        ("usable prompts", 10),
+        ("usable replies", 15),
+        ("mean replies a prompt", 1.5),
+        ("prompts with a rank-0 reply", 6),
+        ("ranked sets", 3),
+        ("mean replies a ranked set", 7 / 3),
+        ("most replies of a ranked set", 3),
+        ("human pairs", 5),
+        *((f"left out: {reason}", count) for reason, count in sorted(DROPS.items())),
+    ]
 
 
-def test_asking_for_too_much_names_the_options():
-    with pytest.raises(UserError) as caught:
-        oasst.split(seed_of(4, 10), 20, 3, 2, 0)
-    assert caught.value.args == (
-        (
-            "eft.train_sets=2: there are 1 ranked sets after the 3 for evaluation; "
-            "lower eft.train_sets or set it to -1 (all)"
-        ),
-        (
-            "data.ift_examples=20: there are 6 examples after the 4 sets for EFT; "
-            "lower data.ift_examples or set it to -1 (all)"
-        ),
-    )
-    with pytest.raises(UserError, match=r"eft\.eval_sets=5: there are 4 ranked sets"):
-        oasst.split(seed_of(4, 10), 1, 5, 0, 0)
-    with pytest.raises(UserError, match=r"data\.ift_examples=-2: must be -1"):
-        oasst.split(seed_of(4, 10), -2, 1, 1, 0)
+def test_the_summary_is_an_aligned_table():
+    seed = oasst.Seed(
+        (oasst.Example("p", "q", "r", "oasst"),), (oasst.RankedSet("p", "q", tuple("abc"), (0, 1, 1)),),
+        {"later_turn": 12345, "no_rank": 3}, 12352, 1, 3,
+    )  # fmt: skip
+    assert oasst.summary_table(seed).split("\n") == [
+        "messages read                 12,352",
+        "usable prompts                     1",
+        "usable replies                     3",
+        "mean replies a prompt           3.00",
+        "prompts with a rank-0 reply        1",
+        "ranked sets                        1",
+        "mean replies a ranked set       3.00",
+        "most replies of a ranked set       3",
+        "human pairs                        2",
+        "left out: later_turn          12,345",
+        "left out: no_rank                  3",
+    ]
+    assert dict(oasst.summary(oasst.Seed((), (), {})))["mean replies a ranked set"] == 0
+
+
+def test_an_id_may_be_half_a_surrogate_pair(tmp_path):
+    forest = [tree("p", reply("\ud83d", 0), reply("\ude00", 1))]
+    assert len(load(tmp_path / "x", forest).sets[0].replies) == 2

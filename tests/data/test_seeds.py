@@ -1,13 +1,23 @@
 """Judge examples and prompts from files: what is read, and every line that is wrong."""
 
 import json
-import sys
-from types import ModuleType
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from selfreward_jax.data.records import RankedSet
-from selfreward_jax.data.seeds import held_out_sets, hub_rows, judge_rows, packaged, prompt_texts
+from selfreward_jax.data.seeds import (
+    evaluation_texts,
+    held_out_sets,
+    hub_rows,
+    judge_rows,
+    packaged,
+    prompt_texts,
+    rows_of,
+)
 from selfreward_jax.errors import UserError
 
 GOOD = {"instruction": "Name a colour.", "response": "Blue.", "justification": "It names one.", "score": 5}
@@ -142,6 +152,19 @@ def test_without_a_file_the_packaged_prompts_are_read():
     assert prompt_texts("", "validation.jsonl") != prompt_texts("", "test.jsonl")
 
 
+def test_turns_are_prompts_too_the_first_to_answer_and_all_to_avoid(tmp_path):
+    path = file_of(tmp_path, {"question_id": 81, "turns": ["Write a post.", "Rewrite it."]}, {"prompt": "One?"})
+    assert prompt_texts(str(path), "") == [("line-1", "Write a post."), ("line-2", "One?")]
+    assert evaluation_texts(str(path)) == ["Write a post.", "Rewrite it.", "One?"]
+    bad = file_of(tmp_path, {"turns": []}, {"turns": "Write."}, {"prompt": "One?"})
+    lines = lines_of(lambda: evaluation_texts(str(bad)))
+    assert [line.split(": ")[0] for line in lines] == [f"{bad}:1", f"{bad}:2"]
+
+
+def test_packaged_scores_outside_a_templates_range_are_no_error_of_the_user():
+    assert {row["score"] for row in judge_rows("seed", 1, 5)} == set(range(6))
+
+
 def test_bad_prompts_are_lines_with_their_numbers(tmp_path):
     path = file_of(
         tmp_path,
@@ -151,7 +174,7 @@ def test_bad_prompts_are_lines_with_their_numbers(tmp_path):
         {"prompt": 4},
         {"id": "line-1", "text": "x"},
     )
-    no_text = "no text under 'prompt', 'text' or 'instruction'"
+    no_text = "no text under 'prompt', 'text', 'instruction' or 'turns'"
     assert lines_of(lambda: prompt_texts(str(path), "")) == [
         *(f"{path}:{number}: {no_text}" for number in (2, 3, 4)),
         f"{path}:5: id 'line-1' was there before",
@@ -160,44 +183,128 @@ def test_bad_prompts_are_lines_with_their_numbers(tmp_path):
     assert len(lines_of(lambda: prompt_texts(str(path), ""))) == 10
 
 
+def test_prompts_from_a_table_whose_ids_have_gaps(tmp_path):
+    path = tmp_path / "prompts.parquet"
+    pq.write_table(pa.table({"id": [7, None], "prompt": ["One?", "Two?"]}), path)
+    assert prompt_texts(str(path), "") == [("7", "One?"), ("line-2", "Two?")]
+
+
 # The hub.
+
+INSTEAD = "to read a file instead, give --config.data.ift=FILE (jsonl, json, gz or parquet)"
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """`hub(function)`: a `datasets` package whose `load_dataset` is this function."""
-
-    class DatasetsError(Exception):
-        pass
-
-    def make(load_dataset):
-        exceptions = ModuleType("datasets.exceptions")
-        exceptions.DatasetsError = DatasetsError
-        package = ModuleType("datasets")
-        package.load_dataset, package.exceptions = load_dataset, exceptions
-        monkeypatch.setitem(sys.modules, "datasets", package)
-        monkeypatch.setitem(sys.modules, "datasets.exceptions", exceptions)
-        return DatasetsError
-
-    return make
+    """`hub(function)`: `datasets.load_dataset` is this function."""
+    return lambda load_dataset: monkeypatch.setattr(datasets, "load_dataset", load_dataset)
 
 
-def test_rows_of_the_hub_are_numbered(hub):
+def test_rows_of_the_hub_are_numbered_and_plain(hub):
     asked = []
-    hub(lambda name, split: asked.append((name, split)) or [{"message_id": "a"}, {"message_id": "b"}])
-    assert hub_rows("org/name") == [(1, {"message_id": "a"}), (2, {"message_id": "b"})]
-    assert asked == [("org/name", "train")]
+    table = [{"message_id": "a", "rank": float("nan")}, {"message_id": "b", "rank": 0, "labels": {"value": [0.5]}}]
+    hub(lambda name, split: asked.append((name, split)) or table)
+    wanted = [(1, {"message_id": "a", "rank": None}), (2, table[1])]
+    assert hub_rows("org/name", "--config.data.ift") == wanted
+    assert hub_rows("org/name", "--config.data.ift", "validation") == wanted
+    assert asked == [("org/name", "train"), ("org/name", "validation")]
+
+
+# What the real one raises, from a machine without a network and for names that are not there.
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            ConnectionError("Couldn't reach 'org/name' on the Hub (LocalEntryNotFoundError)"),
+            "no connection to the hub (Couldn't reach 'org/name' on the Hub (LocalEntryNotFoundError))",
+        ),
+        (
+            DatasetNotFoundError("Dataset 'org/name' doesn't exist on the Hub or cannot be accessed."),
+            "the hub gave no split 'train' (Dataset 'org/name' doesn't exist on the Hub or cannot be accessed.)",
+        ),
+        (
+            ValueError("Unknown split \"train\". Should be one of ['test'].\nmore"),
+            "the hub gave no split 'train' (Unknown split \"train\". Should be one of ['test'].)",
+        ),
+        (
+            RuntimeError("Dataset scripts are no longer supported, but found name.py"),
+            "the hub gave no split 'train' (Dataset scripts are no longer supported, but found name.py)",
+        ),
+        (DatasetGenerationError(), "the hub gave no split 'train' (DatasetGenerationError)"),
+        (PermissionError(13, "Permission denied"), "the hub gave no split 'train' ([Errno 13] Permission denied)"),
+    ],
+)
+def test_a_hub_that_fails_is_one_line_that_offers_a_file(hub, error, says):
+    def load_dataset(name, split):
+        raise error
+
+    hub(load_dataset)
+    assert lines_of(lambda: hub_rows("org/name", "--config.data.ift")) == [
+        f"--config.data.ift=org/name: {says}; {INSTEAD}"
+    ]
+
+
+def test_an_empty_answer_of_the_hub_is_one_line(hub):
+    hub(lambda name, split: datasets.Dataset.from_dict({"message_id": []}))
+    assert lines_of(lambda: hub_rows("org/name", "--config.data.ift")) == [
+        f"--config.data.ift=org/name: split 'train' of this data set is empty; {INSTEAD}"
+    ]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The real `load_dataset`, which keeps what it makes in here and asks no network."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+def test_the_real_loader_reads_a_folder_of_parquet(tmp_path, cache):
+    folder = tmp_path / "made"
+    folder.mkdir()
+    rows = [{"message_id": "a", "rank": None, "labels": None},
+            {"message_id": "b", "rank": 1, "labels": {"name": ["spam"], "value": [0.25]}}]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+    assert hub_rows(str(folder), "--config.data.oasst") == list(enumerate(rows, start=1))
+    (line,) = lines_of(lambda: hub_rows(str(folder), "--config.data.oasst", "test"))
+    assert line.startswith(f"--config.data.oasst={folder}: the hub gave no split 'test' (")
+
+
+def test_the_real_loader_without_a_network(cache, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (line,) = lines_of(lambda: hub_rows("org/name", "--config.data.ift"))
+    assert line.startswith("--config.data.ift=org/name: no connection to the hub (Couldn't reach ")
+    assert line.endswith(INSTEAD)
+
+
+# Files and hub names under one option.
 
 
 @pytest.mark.parametrize(
-    ("error", "message", "reason"),
-    [(OSError, "no network\nsecond line", "no network"), (ValueError, "", "ValueError"), (None, "gone", "gone")],
+    ("name", "asked"),
+    [
+        ("org/name", ("org/name", "train")),
+        ("org/na.me-2_x:validation", ("org/na.me-2_x", "validation")),
+        ("org/name:train[:10%]", ("org/name", "train[:10%]")),
+    ],
 )
-def test_a_hub_that_fails_is_one_line(hub, error, message, reason):
-    def load_dataset(name, split):
-        raise (error or own)(message)
+def test_hub_names_are_asked_for(hub, name, asked):
+    hub(lambda name, split: [{"asked": [name, split]}])
+    assert rows_of(name, "--config.data.ift") == [(1, {"asked": list(asked)})]
 
-    own = hub(load_dataset)
-    assert lines_of(lambda: hub_rows("org/name")) == [
-        f"--config.data.oasst=org/name: the hub gave no such data set ({reason}); name a file"
-    ]
+
+@pytest.mark.parametrize(
+    "name", ["folder/rows.jsonl", "folder/rows.json.gz", "folder/x.parquet", "rows", "a/b/c", "/a/b", "./rows"]
+)
+def test_other_names_are_files(hub, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    hub(lambda name, split: pytest.fail("the hub was asked"))
+    assert lines_of(lambda: rows_of(name, "--config.data.ift")) == [f"{name}: no such file"]
+
+
+def test_a_file_that_exists_wins_over_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub(lambda name, split: pytest.fail("the hub was asked"))
+    (tmp_path / "org").mkdir()
+    for name in ("org/name", "org/name:split"):
+        (tmp_path / name).write_text('{"a": 1}')
+        assert rows_of(name, "--config.data.ift") == [(1, {"a": 1})]

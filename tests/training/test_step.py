@@ -1,5 +1,6 @@
 """One update: accumulation is exact, AdamW is the formula, buffers are given up."""
 
+import dataclasses
 import math
 from functools import partial
 
@@ -54,7 +55,7 @@ def whole_gradient(small, params, rows):
     targets = np.zeros((len(rows), 16), np.float32)
     for index, row in enumerate(rows):
         tokens[index, : len(row.tokens)] = row.tokens
-        targets[index, row.start : len(row.tokens)] = 1
+        targets[index, row.start : len(row.tokens)] = row.weight
     return gradient(params, tokens, np.arange(16, dtype=np.int32)[None].repeat(len(rows), 0), targets)
 
 
@@ -74,6 +75,18 @@ def test_accumulation_is_one_big_batch(rows, small, mesh, random_params):
     alone.append(jax.tree.map(lambda g: np.array(g / other[1]), other[0]))
     difference = jax.tree.map(lambda a, b, w: np.abs((a + b) / 2 - w).max(), *alone, want)
     assert max(jax.tree.leaves(difference)) > 0.01
+
+
+def test_a_mixing_weight_weighs_an_examples_targets(rows, small, mesh, random_params):
+    params = random_params(small, mesh)
+    mixed = [dataclasses.replace(row, weight=2.5 if index % 2 else 1.0) for index, row in enumerate(rows)]
+    total, first = add(small, mesh, params, zeros(params), mixed[:4])
+    total, second = add(small, mesh, params, total, mixed[4:])
+    weight = sum((len(row.tokens) - row.start) * row.weight for row in mixed)
+    assert float(total[1]) == weight
+    loss, want = whole_gradient(small, params, mixed)
+    assert float(first["loss"][0] + second["loss"][0]) / weight == pytest.approx(float(loss), rel=1e-5)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g / weight, w, rtol=1e-4, atol=1e-5), total[0], want)
 
 
 def test_the_sum_is_donated_and_the_parameters_are_not(rows, small, mesh, random_params):

@@ -1,0 +1,103 @@
+"""Expected scores: the digits that could stand where a judgment states its score, weighted by their probability.
+
+Not in the paper, which averages K sampled scores (3.1.3). One sampled judgment tells which score was drawn; the
+probabilities at that place tell all of them, given the same justification. It costs one more pass over each judgment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from selfreward_jax.data.batches import NOWHERE
+from selfreward_jax.data.chat import Chat, decode
+from selfreward_jax.data.records import Judgment
+from selfreward_jax.judging.scores import read_score
+from selfreward_jax.judging.templates import Template
+from selfreward_jax.model import llama
+from selfreward_jax.model.config import LlamaConfig
+from selfreward_jax.sharding.place import place
+from selfreward_jax.training.logprobs import Batch
+from selfreward_jax.training.step import logprob_pass
+
+
+def score_place(chat: Chat, template: Template, judgment: Judgment) -> tuple[int, tuple[int, ...]] | None:
+    """Where a judgment's score stands, and what could have stood there.
+
+    It stands where another digit would be read as another score: no second rule of what a statement is.
+
+    Returns:
+        The index in `judgment.token_ids` of the token that holds the score's digit, and the ids of that token with
+        each of the template's scores in the digit's place, lowest first. None if the judgment states no single digit
+        (no score, 3.5, one score twice) or the tokenizer has no such tokens.
+    """
+    ids, finished = judgment.token_ids, judgment.finish_reason == "stop"
+    if judgment.score is None or not judgment.score.isdigit() or template.high > 9:
+        return None
+    other = template.low if int(judgment.score) != template.low else template.low + 1
+    known = chat.tokenizer.get_vocab()
+    for at in reversed(range(len(ids))):
+        piece = str(chat.tokenizer.convert_ids_to_tokens(ids[at]))
+        if piece.count(judgment.score) != 1:
+            continue
+        pieces = [piece.replace(judgment.score, str(score)) for score in range(template.low, template.high + 1)]
+        if any(variant not in known for variant in pieces):
+            continue
+        variants = tuple(known[variant] for variant in pieces)
+        changed = decode(chat, (*ids[:at], variants[other - template.low], *ids[at + 1 :]))
+        if read_score(changed, template.low, template.high, finished).score == other:
+            return at, variants
+    return None
+
+
+def with_expected(
+    config: LlamaConfig,
+    compute: llama.Compute,
+    params: llama.Params,
+    mesh: jax.sharding.Mesh,
+    chat: Chat,
+    template: Template,
+    judged: Sequence[tuple[tuple[int, ...], Judgment]],
+    rows: int,
+    pad: int,
+) -> list[Judgment]:
+    """Judgments with their `expected` score, where there is one.
+
+    Args:
+        judged: (ids of the judge's prompt, the judgment), at most `rows` of them.
+        rows: rows of the batch, a multiple of the mesh's row shards; missing ones are padding.
+        pad: lengths are padded to multiples of this.
+
+    Returns:
+        The judgments in their order. `expected` has six decimals: sum over scores s of s p(s), with p normalised over
+        the template's scores.
+    """
+    placed = [score_place(chat, template, judgment) for _, judgment in judged]
+    if not any(placed):
+        return [judgment for _, judgment in judged]
+    longest = max(len(ids) + found[0] for (ids, _), found in zip(judged, placed, strict=True) if found)
+    count = template.high - template.low + 1
+    tokens = np.zeros((rows, -(-longest // pad) * pad), np.int32)
+    positions = np.full(tokens.shape, NOWHERE, np.int32)
+    positions[:, 0] = 0  # a padding row sees its first token, so that its softmax is defined
+    at = np.zeros((rows, count), np.int32)
+    targets = np.zeros((rows, count), np.int32)
+    for index, ((ids, judgment), found) in enumerate(zip(judged, placed, strict=True)):
+        if found:
+            seen = (*ids, *judgment.token_ids[: found[0]])
+            tokens[index, : len(seen)] = seen
+            positions[index, : len(seen)] = np.arange(len(seen))
+            at[index] = len(seen) - 1
+            targets[index] = found[1]
+    batch = Batch(*(place(array, mesh) for array in (tokens, positions, at, targets, np.ones(at.shape, np.float32))))
+    logps = np.asarray(jax.device_get(logprob_pass(config, compute, count, params, batch)), np.float64)
+    scores = np.arange(template.low, template.high + 1)
+    out = []
+    for (_, judgment), found, row in zip(judged, placed, logps, strict=False):
+        weights = np.exp(row - row.max())
+        expected = f"{float(scores @ weights / weights.sum()):.6f}" if found else None
+        out.append(dataclasses.replace(judgment, expected=expected))
+    return out
