@@ -114,30 +114,33 @@ def _grow_pool(
     label = f"pool-{model}" if config.model == "current" else "pool"
     pool: list[Prompt] = []
     drops: Counter[str] = Counter()
-    writer: tuple[engines.Engine, Chat] | None = None
     raw = 0
-    with progress(f"{model}/prompts", wanted, "prompts") as advance:
-        for number in range(config.max_rounds):
+
+    def take(path: epath.Path, accepted: list[Prompt]) -> None:
+        nonlocal raw
+        counts = workdir.read_json(path.with_suffix(".json"))
+        raw += counts["raw"]
+        drops.update(counts["drops"])
+        pool.extend(accepted)
+
+    paths = [folder / f"round-{number:05d}.jsonl" for number in range(config.max_rounds)]
+    while len(pool) < wanted and paths and paths[0].exists():  # rounds of an earlier iteration or process
+        path = paths.pop(0)
+        take(path, read_ours(path, Prompt))
+    for prompt in pool:
+        index.add(prompt.text)
+    writer: tuple[engines.Engine, Chat] | None = None
+    with progress(f"{model}/prompts", wanted, "prompts", min(len(pool), wanted)) as advance:
+        for number, path in enumerate(paths, start=config.max_rounds - len(paths)):
             if len(pool) >= wanted:
                 break
-            path = folder / f"round-{number:05d}.jsonl"
-            if path.exists():
-                accepted = read_ours(path, Prompt)
-                for prompt in accepted:
-                    index.add(prompt.text)
-            else:
-                writer = writer or prompt_writer(run, before)
-                texts = _ask(run, *writer, label, number, seeds, [prompt.text for prompt in pool])
-                kept, dropped = filters.filter_batch(texts, index, normalise, held_out)
-                accepted = [
-                    Prompt(f"{label}-{number:05d}-{i:03d}", text, "self-instruct") for i, text in enumerate(kept)
-                ]
-                workdir.write_text(path.with_suffix(".json"), json.dumps({"raw": len(texts), "drops": dict(dropped)}))
-                write_records(path, accepted)
-            counts = workdir.read_json(path.with_suffix(".json"))
-            raw += counts["raw"]
-            drops.update(counts["drops"])
-            pool += accepted
+            writer = writer or prompt_writer(run, before)
+            texts = _ask(run, *writer, label, number, seeds, [prompt.text for prompt in pool])
+            kept, dropped = filters.filter_batch(texts, index, normalise, held_out)
+            accepted = [Prompt(f"{label}-{number:05d}-{i:03d}", text, "self-instruct") for i, text in enumerate(kept)]
+            workdir.write_text(path.with_suffix(".json"), json.dumps({"raw": len(texts), "drops": dict(dropped)}))
+            write_records(path, accepted)
+            take(path, accepted)
             advance(min(len(accepted), wanted), f"round {number + 1}: {raw} written, dropped {dict(drops)}")
     return pool, {"pool": len(pool), "written": raw, "filtered": dict(drops)}
 
