@@ -39,6 +39,8 @@ setup(
         "gguf>=0.17",
         "safetensors>=0.6",
         "huggingface_hub",
+        "numpy",
+        "pyarrow",
         "rich>=13",
         "scipy",
         "jinja2",
@@ -49,7 +51,7 @@ setup(
         "gpu": ["jax[cuda13]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "eval": ["lm-eval", "alpaca-eval"],
-        # Rivals for benchmarks/ only.
+        # Rivals only: benchmarks/ and tests/golden/make_dpo_golden.py.
         "bench": ["torch==2.13.0", "trl", "llama-cpp-python"],
     },
     classifiers=["Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.12"],

@@ -84,16 +84,18 @@ class DataConfig:
         "file or hub name of preference rows (prompt, chosen, rejected); for selfreward_jax.train --loss=dpo",
         _OURS + "people's own data",
     )
-    lang: str = _f("en", "language of the messages that are kept", "3.1.1")
+    lang: str = _f("en", "language of the messages of data.oasst that are kept", "3.1.1")
     drop_synthetic: bool = _f(False, "leave out messages that a machine wrote", _OURS + "the release marks them")
     ift_examples: int = _f(3200, "first turns with a rank-0 reply for IFT; -1: all that are left", "3.1.1")
     max_prompt_tokens: int = _f(
-        1024, "longer prompts are dropped and counted", _OURS + "half of Llama 2's training length"
+        1024, "longer prompts are dropped and counted", _OURS + "a quarter of Llama 2's context"
     )
     max_length: int = _f(
-        2048, "tokens of prompt and target; longer examples are dropped, never cut", _OURS + "shared TPU budget"
+        2048,
+        "tokens of prompt and target; longer examples are dropped, never cut",
+        _OURS + "half of Llama 2's context",
     )
-    validation: str = _f("", "jsonl file of prompts; empty: the packaged ones", "3.1.3 (its 253 are unpublished)")
+    validation: str = _f("", "file of prompt rows; empty: the packaged ones", "3.1.3 (its 253 are unpublished)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,12 +134,14 @@ class EftConfig:
         "3.1.1; none: A.3",
     )
     file: str = _f(
-        "seed", "jsonl of judge examples, or seed (the packaged ones); for source=file", _OURS + "for small models"
+        "seed", "file of judge examples, or seed (the packaged ones); for source=file", _OURS + "for small models"
     )
     train_sets: int = _f(
         2000, "ranked prompts that EFT is built from; -1: all that are left", _OURS + "enough for 1,630"
     )
-    eval_sets: int = _f(190, "ranked prompts held out for judge accuracy", "3.1.1: 541 replies at 2.85 a prompt")
+    eval_sets: int = _f(
+        190, "ranked prompts held out for judge accuracy; -1: all", "3.1.1: 541 replies at 2.85 a prompt"
+    )
     k: int = _f(1, "judgments of each reply while building", _OURS + "the paper is silent")
     ties: str = _f(
         "strict",
@@ -151,7 +155,7 @@ class EftConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PromptsConfig:
-    source: str = _f("self_instruct", "self_instruct, or a jsonl file of prompts", "3.1.3")
+    source: str = _f("self_instruct", "self_instruct, or a file of prompt rows", "3.1.3")
     model: str = _f(
         "meta-llama/Llama-2-70b-chat-hf",
         "model that writes prompts, fixed in advance; empty: model.source; current: the model in training (A.5)",
@@ -173,7 +177,9 @@ class PromptsConfig:
         "none", "none, or seed: unused seed prompts fill a short pool, counted as such", _OURS + "for small models"
     )
     normalise: str = _f(
-        "chat", "chat (keeps case and lines) or faithful (Self-Instruct's capitalize)", _OURS + "see filters.py"
+        "chat",
+        "chat (keeps case and lines) or faithful (Self-Instruct's own: capitalize, no answer that was cut off)",
+        _OURS + "see filters.py",
     )
     similarity: float = _f(0.7, "largest ROUGE-L F with any earlier prompt", "3.1.3, Wang et al. 2023")
 

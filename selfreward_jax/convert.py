@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import jax
 
-from selfreward_jax.errors import UserError
+from selfreward_jax.cli import exit_code
 from selfreward_jax.sharding.mesh import make_mesh
 from selfreward_jax.weights.export import export
 from selfreward_jax.weights.source import load_params, open_source, stored_dtype
@@ -57,12 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokenizer", default=None, help="a directory or hub name, if not the model's own")
     given = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")  # a conversion computes nothing: leave the accelerator alone
-    try:
-        print(convert(given.source, given.out, given.dtype, given.tokenizer))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(convert(given.source, given.out, given.dtype, given.tokenizer)))
 
 
 if __name__ == "__main__":

@@ -23,13 +23,15 @@ def _arguments() -> argparse.Namespace:
         "--model", required=True, help="demo, random:tiny, a gguf file, a Hugging Face folder or a hub name"
     )
     parser.add_argument("--prompt", default="", help="one prompt; the answers are printed")
-    parser.add_argument("--prompts", default="", help="jsonl file with a field prompt (and an optional id)")
+    parser.add_argument(
+        "--prompts", default="", help="file of rows with prompt, text, instruction or turns (and perhaps an id)"
+    )
     parser.add_argument("--out", default="", help="jsonl file of answers")
     parser.add_argument("--samples", type=int, default=1, help="answers a prompt")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
-    parser.add_argument("--top_p", type=float, default=0.9)
-    parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--top_p", type=float, default=0.9, help="nucleus mass")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, end of turn included")
+    parser.add_argument("--seed", type=int, default=0, help="of the random draws")
     parser.add_argument("--rows", type=int, default=32, help="answers that are decoded together")
     parser.add_argument("--chat_template", default="own", help="own, llama2, chatml or a Jinja file")
     parser.add_argument(

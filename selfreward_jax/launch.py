@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from etils import epath
@@ -13,6 +14,9 @@ from etils import epath
 from selfreward_jax import estimate, recipe, workdir
 from selfreward_jax.config import Config, flat, free_fields
 from selfreward_jax.data.chat import load_chat
+from selfreward_jax.data.seeds import evaluation_texts, judge_rows, prompt_texts
+from selfreward_jax.errors import UserError
+from selfreward_jax.judging import templates
 from selfreward_jax.judging.endpoint import open_endpoint
 from selfreward_jax.model import llama
 from selfreward_jax.observe.progress import say
@@ -38,12 +42,41 @@ def open_run(config: Config, root: epath.Path, mesh: jax.sharding.Mesh) -> Run:
     return Run(config, root, mesh, source, load_chat(source.tokenizer, config.model.chat_template, source.eos_ids))
 
 
+def check_inputs(config: Config) -> None:
+    """Reads what the user named and only a late stage needs: now, not after hours of training.
+
+    Raises:
+        UserError: all that is wrong with the judge prompt, the endpoint, and files of prompts and judge examples.
+    """
+    problems: list[str] = []
+
+    def attempt(read: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            read(*arguments)
+        except UserError as error:
+            problems.extend(error.args)
+
+    judge = config.judge
+    attempt(templates.load, judge.template, judge.low, judge.high)
+    if judge.endpoint_model:
+        attempt(open_endpoint, judge.model, judge.endpoint_model)
+    if config.eft.source == "file":
+        attempt(judge_rows, config.eft.file, judge.low, judge.high)
+    if config.prompts.source != "self_instruct":
+        attempt(prompt_texts, config.prompts.source, "")
+    if config.data.validation:
+        attempt(prompt_texts, config.data.validation, "")
+    for file in config.prompts.avoid:
+        attempt(evaluation_texts, file)
+    if problems:
+        raise UserError(*problems)
+
+
 def start(config: Config, root: epath.Path, arguments: argparse.Namespace) -> None:
     """Runs (or, for --dry_run, describes) the recipe of a config in a folder."""
     plan = recipe.stages(config)
     recipe.check_stop(plan, arguments.stop_after)
-    if config.judge.endpoint_model:
-        open_endpoint(config.judge.model, config.judge.endpoint_model)  # now, not after hours of sampling
+    check_inputs(config)
     if config.model.parameters and not arguments.dry_run:
         estimate.check_host(config, root, config.model.parameters)
     if arguments.dry_run:

@@ -63,7 +63,7 @@ def demo() -> Config:
 
 
 def demo_long() -> Config:
-    """The demo with more of everything: 2 to 3 hours on 2 cores."""
+    """The demo with more of everything: about 2 hours on 2 cores (docs/demo_long.md)."""
     return _with(
         demo(),
         data={"ift_examples": 80},

@@ -18,7 +18,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="python -m selfreward_jax.train", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--loss", required=True, choices=("sft", "dpo"))
+    parser.add_argument("--loss", required=True, choices=("sft", "dpo"), help="what the rows are for")
     parser.add_argument(
         "--data", required=True,
         help="jsonl, json or parquet file, or a hub name (owner/name or owner/name:split). SFT: messages, Alpaca, ShareGPT or"
@@ -30,7 +30,9 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--config", default="configs/sft.py:demo",
         help="config file with :PRESET, whose hyperparameters are used; any field by --config.NAME=VALUE",
     )  # fmt: skip
-    parser.add_argument("--resume", choices=("strict", "override"), default="strict")
+    parser.add_argument(
+        "--resume", choices=("strict", "override"), default="strict", help="override: go on with a changed config"
+    )
     known, rest = parser.parse_known_args(argv)
     unknown = [word for word in rest if not word.startswith("--config.")]
     if unknown:

@@ -278,6 +278,22 @@ def test_own_instructions_replace_the_best_replies_and_never_meet_a_ranked_set(r
     assert facts["rest"] == 1 and facts["drops"]["ift_prompt_of_a_ranked_set"] == 1
 
 
+def test_what_only_a_late_stage_reads_is_read_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    bad = config(
+        judge__template="multiple_choice", judge__model="https://host/v1?key=1", judge__endpoint_model="x",
+        prompts__source=str(tmp_path / "none.jsonl"), prompts__avoid=(str(tmp_path / "empty.jsonl"),),
+        data__validation=str(tmp_path), eft__file=str(tmp_path / "judge.jsonl"),
+    )  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        launch.check_inputs(bad)
+    said = caught.value.args
+    wanted = ("scores 1 to 5, not 0 to 5", "URL", "none.jsonl", "empty.jsonl", f"{tmp_path}: is a folder", "judge.jsonl")
+    assert len(said) == len(wanted), said
+    assert all(any(part in line for line in said) for part in wanted), said
+    launch.check_inputs(config())
+
+
 def test_a_loop_that_cannot_go_on_still_shows_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = epath.Path(tmp_path)
     facts = {"loss": 1.5, "answers": 2, "ended": 1, "mean_tokens": 3.0, "judgments": 4, "parsed": 1}

@@ -1,4 +1,4 @@
-"""Positive-only (paper A.4): no pairs; answers with a perfect mean score join IFT and EFT, and SFT starts from M0."""
+"""Positive-only (paper A.4): no pairs; answers with a perfect mean score (demo: 3 or more) join IFT and EFT, SFT from M0."""
 
 from ml_collections import ConfigDict
 
