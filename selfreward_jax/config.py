@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from selfreward_jax.errors import UserError
 
 _OURS = "not in the paper: "
+OWN_JUDGES = ("sft", "m1")  # models of the run that `judge.model` may name
 
 
 def _f(default: Any, doc: str, paper: str, free: bool = False) -> Any:
@@ -220,8 +221,8 @@ class ResponsesConfig:
 class JudgeConfig:
     model: str = _f(
         "",
-        "empty: the model itself; a fixed model (demo, gguf, folder, hub name) or an endpoint's URL (Xu et al. 2023)",
-        "2.2",
+        "empty: the model itself; or fixed: sft or m1 of this run, a gguf file, folder or hub name, an endpoint's URL",
+        "2.2; fixed: 2.4 (Xu et al. 2023)",
     )
     endpoint_model: str = _f("", "the endpoint's name of the model; for judge.model=URL", _OURS + "its interface")
     endpoint_per_minute: int = _f(
@@ -441,6 +442,10 @@ def _contradictions(c: Config) -> list[str]:
     need(
         endpoint == bool(c.judge.endpoint_model),
         f"judge.endpoint_model={c.judge.endpoint_model!r}: needed with judge.model=URL, and only there",
+    )
+    need(
+        not (c.aift.method == "positives" and c.judge.score == "expected"),
+        "judge.score=expected: an expected score is never the highest, so aift.method=positives needs sampled",
     )
     need(
         not (endpoint and c.judge.score == "expected"),

@@ -55,7 +55,7 @@ def disk_needed(config: Config, parameters: int) -> int:
     width = {"float32": 4, "bfloat16": 2}
     kept = peak = 0
     for model in models(config.target):
-        part = config.sft if model in ("sft", "m1") else config.dpo
+        part = config.sft if model in ("sft", "m1") or config.aift.method == "positives" else config.dpo
         writing = (part.keep + 1) * 12 if part.checkpoint_every else 0
         peak = max(peak, kept + writing + width[config.model.param_dtype])
         kept += width[config.model.param_dtype] + width[config.model.export_dtype]

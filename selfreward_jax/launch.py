@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,7 @@ import jax
 from etils import epath
 
 from selfreward_jax import estimate, recipe, workdir
-from selfreward_jax.config import Config, flat, free_fields
+from selfreward_jax.config import OWN_JUDGES, Config, flat, free_fields
 from selfreward_jax.data.chat import load_chat
 from selfreward_jax.data.seeds import evaluation_texts, judge_rows, prompt_texts
 from selfreward_jax.errors import UserError
@@ -20,7 +21,7 @@ from selfreward_jax.judging import templates
 from selfreward_jax.judging.endpoint import open_endpoint
 from selfreward_jax.model import llama
 from selfreward_jax.observe.progress import say
-from selfreward_jax.run import Run
+from selfreward_jax.run import Run, open_fixed
 from selfreward_jax.sharding.mesh import make_mesh
 from selfreward_jax.sharding.rules import check_divides
 from selfreward_jax.weights.fetch import cache_folder
@@ -72,6 +73,15 @@ def check_inputs(config: Config) -> None:
         raise UserError(*problems)
 
 
+def check_models(config: Config) -> None:
+    """Opens the fixed judge and the fixed writer of prompts: a name that is wrong, or a gate that is closed."""
+    judge, writer = config.judge.model, config.prompts.model
+    if judge not in ("", *OWN_JUDGES, config.model.source) and not config.judge.endpoint_model:
+        open_fixed(judge, "--config.judge.model")
+    if config.prompts.source == "self_instruct" and writer not in ("", "current", config.model.source):
+        open_fixed(writer, "--config.prompts.model")
+
+
 def start(config: Config, root: epath.Path, arguments: argparse.Namespace) -> None:
     """Runs (or, for --dry_run, describes) the recipe of a config in a folder."""
     plan = recipe.stages(config)
@@ -83,12 +93,15 @@ def start(config: Config, root: epath.Path, arguments: argparse.Namespace) -> No
         parameters = config.model.parameters or open_source(config.model.source).config.parameter_count()
         print("\n".join(estimate.table(config, root, [stage.name for stage in plan], parameters)))
         return
+    if config.target not in ("sft", "m1"):
+        check_models(config)
     with _working(config, root, arguments.resume) as open_here:
         recipe.build_loop(config, root, open_here, arguments.stop_after)
 
 
 def train(config: Config, loss: str, root: epath.Path, resume: str) -> None:
     """Trains on people's own data, without the loop: `recipe.own_stages`."""
+    config = dataclasses.replace(config, target="sft")  # one model, for the check of this host's disk
     if config.model.parameters:
         estimate.check_host(config, root, config.model.parameters)
     with _working(config, root, resume) as open_here:

@@ -97,9 +97,9 @@ def own_stages(config: Config, loss: str) -> list[Stage]:
     model, before = "trained", "m0"
     if loss == "sft":
         rows = "trained/examples.jsonl"
-        read = Stage("trained/data", own_data.examples, ("seed", "data.ift"), (), (rows,))
+        read = Stage("trained/examples", own_data.examples, ("seed", "data.ift"), (), (rows,))
         return [read, _sft(model, (rows,)), _export(model)]
-    read = Stage("trained/data", own_data.preferences, (*_MODEL, "data.preferences"), (), ("trained/pairs.jsonl",))
+    read = Stage("trained/pairs", own_data.preferences, (*_MODEL, "data.preferences"), (), ("trained/pairs.jsonl",))
     return [read, *_dpo(config, model, before, ()), _export(model)]
 
 
@@ -195,10 +195,30 @@ def settings_of(config: Config, stage: Stage) -> dict[str, Any]:
     for name, value in flat(config).items():
         if name not in free and any(name == some or name.startswith(f"{some}.") for some in stage.settings):
             found[name] = value
-            for file in (value if isinstance(value, tuple) else (value,)) if name in _FILES else ():
-                if file and epath.Path(file).exists() and not epath.Path(file).is_dir():
-                    found[f"{name} {file} (sha256)"] = workdir.manifest(epath.Path(file))
-    return found
+    return found | files_of(config, stage)
+
+
+def files_of(config: Config, stage: Stage) -> dict[str, str]:
+    """The user's local files that decide a stage's result, with their sha256."""
+    names = {name for name in _FILES if any(name == some or name.startswith(f"{some}.") for some in stage.settings)}
+    values = [value for name, value in flat(config).items() if name in names]
+    files = [file for value in values for file in (value if isinstance(value, tuple) else (value,)) if file]
+    return {file: workdir.manifest(epath.Path(file)) for file in files if _is_file(file)}
+
+
+def _is_file(name: str) -> bool:
+    return "://" not in name and epath.Path(name).exists() and not epath.Path(name).is_dir()
+
+
+def _changed_files(root: epath.Path, stage: Stage) -> bool:
+    """Whether a file that the stage was made from is there with another content; one that is gone changes nothing."""
+    made_from = workdir.facts(root, stage.name).get("files", {})
+    changed = [
+        file for file, sum in made_from.items() if _is_file(file) and workdir.manifest(epath.Path(file)) != sum
+    ]
+    if changed:
+        say(f"[{stage.name}] {', '.join(changed)} changed: done again")
+    return bool(changed)
 
 
 def check_stop(plan: Sequence[Stage], stop_after: str) -> None:
@@ -221,7 +241,7 @@ def build(
     """
     run: Run | None = None
     for stage in plan:
-        if workdir.is_done(root, stage.name):
+        if workdir.is_done(root, stage.name) and not _changed_files(root, stage):
             _clear(root, stage)  # a kill may have come between the record and the clearing
             say(f"[{stage.name}] done before")
         else:
@@ -262,6 +282,7 @@ def _do(run: Run, config: Config, root: epath.Path, stage: Stage) -> None:
     except OSError as error:
         raise workdir.disk_error(error.filename or root, error) from error
     seconds = time.monotonic() - began
+    facts |= {"files": files_of(config, stage)}
     workdir.finish(root, stage.name, at(stage.inputs), at(stage.outputs), seconds, facts)
     _clear(root, stage)
     say(f"[{stage.name}] done in {seconds:.1f} s")

@@ -11,10 +11,11 @@ import jax
 from etils import epath
 
 from selfreward_jax import workdir
-from selfreward_jax.config import Config, TrainConfig
+from selfreward_jax.config import OWN_JUDGES, Config, TrainConfig
 from selfreward_jax.data import batches
 from selfreward_jax.data.chat import Chat, encode_prompt, load_chat
 from selfreward_jax.data.records import Judgment, Pair, Prompt, Response, read_records, to_json
+from selfreward_jax.errors import UserError
 from selfreward_jax.evaluation.judge import score_of
 from selfreward_jax.judging import templates
 from selfreward_jax.judging.pairs import Candidate
@@ -94,7 +95,15 @@ def engine(run: Run, params: llama.Params) -> engines.Engine:
     return _engine(run, run.source, run.chat, params)
 
 
-def fixed_model(run: Run, name: str) -> tuple[engines.Engine, Chat]:
+def open_fixed(name: str, option: str) -> Source:
+    """`open_source` for a model that another option than `model.source` names."""
+    try:
+        return open_source(name)
+    except UserError as error:
+        raise UserError(*(line.replace("--config.model.source", option) for line in error.args)) from error
+
+
+def fixed_model(run: Run, name: str, option: str) -> tuple[engines.Engine, Chat]:
     """A sampler over a model fixed in advance (a prompt writer, a judge), with its own tokenizer and template.
 
     Another model's parameters are held in place of the run's own, in the compute dtype: they are never trained.
@@ -102,7 +111,7 @@ def fixed_model(run: Run, name: str) -> tuple[engines.Engine, Chat]:
     if name == run.config.model.source:
         return engine(run, params_of(run, "m0")), run.chat
     run.held = None
-    source = open_source(name)
+    source = open_fixed(name, option)
     chat = load_chat(source.tokenizer, "own" if source.tokenizer.chat_template else "llama2", source.eos_ids)
     return _engine(run, source, chat, load_params(source, run.mesh, run.config.model.compute_dtype)), chat
 
@@ -112,7 +121,15 @@ def prompt_writer(run: Run, before: str) -> tuple[engines.Engine, Chat]:
     name = run.config.prompts.model
     if name == "current":
         return engine(run, params_of(run, before)), run.chat
-    return fixed_model(run, name or run.config.model.source)
+    return fixed_model(run, name or run.config.model.source, "--config.prompts.model")
+
+
+def judge_model(run: Run, before: str) -> tuple[engines.Engine, Chat]:
+    """The judge of `before`'s answers: `before` itself, or the one fixed in advance by `judge.model`."""
+    name = run.config.judge.model
+    if name in ("", *OWN_JUDGES):
+        return engine(run, params_of(run, name or before)), run.chat
+    return fixed_model(run, name, "--config.judge.model")
 
 
 def _engine(run: Run, source: Source, chat: Chat, params: llama.Params) -> engines.Engine:
@@ -164,8 +181,8 @@ def read_ours(path: epath.Path, cls: type) -> list[Any]:
 
 
 def read_parts(directory: epath.Path, cls: type) -> list[Any]:
-    """Records of all part files of a finished stage, in order."""
-    files = sorted(directory.iterdir(), key=lambda path: path.name)
+    """Records of all part files of a finished stage, in order; what a kill left half-written is no part."""
+    files = sorted(directory.glob("part-*.jsonl"), key=lambda path: path.name)
     return [record for file in files for record in read_ours(file, cls)]
 
 

@@ -51,10 +51,11 @@ def test_a_fixed_model_judges_as_the_model_itself_would_with_these_weights(files
         checkpoint.save_params(run.root / "m1" / "params", params_of(run, "m0"))
         judgments.make(run, "m2", "m1")
         own = read(files)
-        (epath.Path(files) / "m2" / "judgments").rmtree()
-        fixed, _ = opened(files, model="random:tiny")
-        facts = judgments.make(fixed, "m2", "m7")  # a model that does not exist: it is not asked
-    assert read(files) == own
+        for judge in ("random:tiny", "m1"):
+            (epath.Path(files) / "m2" / "judgments").rmtree()
+            fixed, _ = opened(files, model=judge)
+            facts = judgments.make(fixed, "m2", "m7")  # a model that does not exist: it is not asked
+            assert read(files) == own
     assert facts["judgments"] == 12 and sum(facts["unread"].values()) + facts["parsed"] == 12
     assert all((one.score is None) != (one.reason is None) for one in own)
 

@@ -19,7 +19,7 @@ from selfreward_jax import launch, presets, recipe, workdir
 from selfreward_jax.config import Config, from_config_dict
 from selfreward_jax.data.records import Pair, Prompt, RankedSet, read_records, to_json
 from selfreward_jax.errors import UserError
-from selfreward_jax.run import Run, abstract_params, params_of, write_records
+from selfreward_jax.run import Run, abstract_params, params_of, read_parts, write_records
 from selfreward_jax.sharding.mesh import make_mesh
 from selfreward_jax.stages import eft, pairs, prompts, reference, seed, train_dpo, train_sft
 from selfreward_jax.training import checkpoint
@@ -292,6 +292,43 @@ def test_what_only_a_late_stage_reads_is_read_at_the_start(tmp_path: Path) -> No
     assert len(said) == len(wanted), said
     assert all(any(part in line for line in said) for part in wanted), said
     launch.check_inputs(config())
+
+
+def test_a_part_that_a_kill_left_half_written_is_no_part(tmp_path: Path) -> None:
+    folder = epath.Path(tmp_path / "parts")
+    write_records(folder / "part-00000-of-00002.jsonl", [Prompt("a", "A?", "file")])
+    write_records(folder / "part-00001-of-00002.jsonl", [Prompt("b", "B?", "file")])
+    (folder / ".part-00001-of-00002.jsonl.77.tmp").write_text('{"id":"b","text":"B')
+    assert [prompt.id for prompt in read_parts(folder, Prompt)] == ["a", "b"]
+
+
+def test_a_data_file_that_changed_is_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text("one")
+    settings = config(data__ift=str(file))
+    made: list[str] = []
+
+    def make(_: Run) -> dict[str, Any]:
+        workdir.write_text(epath.Path(tmp_path / "run/trained/examples.jsonl"), f"{len(made)}")
+        made.append("again")
+        return {}
+
+    import dataclasses
+
+    stage = dataclasses.replace(recipe.own_stages(settings, "sft")[0], make=make)
+
+    def build() -> None:
+        recipe.build([stage], settings, epath.Path(tmp_path / "run"), lambda: None)  # type: ignore[arg-type, return-value]
+
+    build()
+    build()
+    assert len(made) == 1
+    file.write_text("two")
+    build()
+    assert len(made) == 2 and "mine.jsonl changed: done again" in capsys.readouterr().out
+    file.unlink()  # what is gone may have been moved: the work stays
+    build()
+    assert len(made) == 2
 
 
 def test_a_loop_that_cannot_go_on_still_shows_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,7 @@ def test_sft_and_then_dpo_on_own_rows(tmp_path: Path) -> None:
     data = write(tmp_path / "talks.jsonl", talks)
     first = train("--loss=sft", "--model=random:tiny", f"--data={data}", f"--workdir={tmp_path / 'sft'}", *SIZES)
     assert first.returncode == 0, first.stderr
-    assert "[trained/data] 6 examples; dropped {'empty': 1}" in first.stdout
+    assert "[trained/examples] 6 examples; dropped {'empty': 1}" in first.stdout
     made = Path(first.stdout.splitlines()[-1])
     assert made == tmp_path / "sft" / "trained" / "model"
     choices = [{"prompt": "Name a sea.", "chosen": "The Baltic.", "rejected": f"A sea, {n}."} for n in range(4)]
@@ -43,7 +43,7 @@ def test_sft_and_then_dpo_on_own_rows(tmp_path: Path) -> None:
     arguments = ("--loss=dpo", f"--model={made}", f"--data={data}", f"--workdir={tmp_path / 'dpo'}", *SIZES)
     second = train(*arguments)
     assert second.returncode == 0, second.stderr
-    assert "[trained/data] 4 pairs; dropped {'over 900 tokens': 1}" in second.stdout
+    assert "[trained/pairs] 4 pairs; dropped {'over 900 tokens': 1}" in second.stdout
     assert "largest margin before the first update" in second.stdout
     again = train(*arguments)
     assert again.returncode == 0 and again.stdout.count("done before") == 4, again.stdout

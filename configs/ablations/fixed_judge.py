@@ -1,4 +1,4 @@
-"""A judge that is fixed in advance (Xu et al. 2023): rewards by `judge.model`, here M0's own source, not by M(t)."""
+"""A judge that does not improve with the iterations, as in Xu et al. (2023): M1 judges for every later model."""
 
 from ml_collections import ConfigDict
 
@@ -7,5 +7,5 @@ from selfreward_jax import presets
 
 def get_config(preset: str = "") -> ConfigDict:
     config = presets.get("m3", preset)
-    config.judge.model = config.model.source
+    config.judge.model = "m1"
     return config

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,19 +35,19 @@ def score_place(chat: Chat, template: Template, judgment: Judgment) -> tuple[int
         each of the template's scores in the digit's place, lowest first. None if the judgment states no single digit
         (no score, 3.5, one score twice) or the tokenizer has no such tokens.
     """
-    ids, finished = judgment.token_ids, judgment.finish_reason == "stop"
+    ids, finished = judgment.token_ids, judgment.finish_reason != "length"
     if judgment.score is None or not judgment.score.isdigit() or template.high > 9:
         return None
     other = template.low if int(judgment.score) != template.low else template.low + 1
-    known = chat.tokenizer.get_vocab()
+    tokenizer: Any = chat.tokenizer
     for at in reversed(range(len(ids))):
-        piece = str(chat.tokenizer.convert_ids_to_tokens(ids[at]))
+        piece = str(tokenizer.convert_ids_to_tokens(ids[at]))
         if piece.count(judgment.score) != 1:
             continue
         pieces = [piece.replace(judgment.score, str(score)) for score in range(template.low, template.high + 1)]
-        if any(variant not in known for variant in pieces):
-            continue
-        variants = tuple(known[variant] for variant in pieces)
+        variants = tuple(tokenizer.convert_tokens_to_ids(pieces))
+        if None in variants or tokenizer.convert_ids_to_tokens(variants) != pieces:
+            continue  # a digit without such a token
         changed = decode(chat, (*ids[:at], variants[other - template.low], *ids[at + 1 :]))
         if read_score(changed, template.low, template.high, finished).score == other:
             return at, variants
@@ -67,14 +68,18 @@ def with_expected(
     """Judgments with their `expected` score, where there is one.
 
     Args:
-        judged: (ids of the judge's prompt, the judgment), at most `rows` of them.
-        rows: rows of the batch, a multiple of the mesh's row shards; missing ones are padding.
+        judged: (ids of the judge's prompt, the judgment).
+        rows: rows of a batch, a multiple of the mesh's row shards; missing ones are padding.
         pad: lengths are padded to multiples of this.
 
     Returns:
         The judgments in their order. `expected` has six decimals: sum over scores s of s p(s), with p normalised over
         the template's scores.
     """
+    if len(judged) > rows:
+        parts = [judged[start : start + rows] for start in range(0, len(judged), rows)]
+        made = [with_expected(config, compute, params, mesh, chat, template, part, rows, pad) for part in parts]
+        return [judgment for part in made for judgment in part]
     placed = [score_place(chat, template, judgment) for _, judgment in judged]
     if not any(placed):
         return [judgment for _, judgment in judged]

@@ -41,7 +41,7 @@ def judgment(
     finish_reason: str,
 ) -> Judgment:
     """One record; the score is read from generated text only, and no score is None with a reason."""
-    read = read_score(text, template.low, template.high, finish_reason == "stop")
+    read = read_score(text, template.low, template.high, finish_reason != "length")
     score = None if read.score is None else str(read.score)
     return Judgment(prompt_id, response_index, sample, text, token_ids, finish_reason, score, read.reason)
 

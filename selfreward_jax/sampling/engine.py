@@ -64,10 +64,17 @@ class Completion:
 
 
 def per_part(engine: Engine, requests: Sequence[Request]) -> int:
-    """Requests that are sampled together: a multiple of the mesh's row shards, and no more than there are."""
+    """Requests that are sampled together, no more than there are.
+
+    The mesh has no say: parts are the unit of resume, and a run may go on with another number of devices.
+    """
+    return min(max(1, engine.rows // len(requests[0].keys)), len(requests))
+
+
+def padded(engine: Engine, count: int) -> int:
+    """Rows of a batch that holds `count`: the next multiple of the mesh's row shards."""
     multiple = rows_multiple(engine.mesh)
-    most = max(1, engine.rows // len(requests[0].keys) // multiple)
-    return min(most, -(-len(requests) // multiple)) * multiple
+    return -(-count // multiple) * multiple
 
 
 def run(
@@ -99,9 +106,9 @@ def run(
             here = np.asarray([shared], np.int32)
             prefix = (decode.prefix_keys(engine.config, engine.compute, engine.params, here),) if shared else ()
         chosen = requests[part * width : (part + 1) * width]
-        prompts = np.zeros((width, time), np.int32)
-        lengths = np.zeros((width,), np.int32)
-        keys = np.zeros((width, samples), np.int32)
+        prompts = np.zeros((padded(engine, width), time), np.int32)
+        lengths = np.zeros(prompts.shape[:1], np.int32)
+        keys = np.zeros((len(prompts), samples), np.int32)
         for index, request in enumerate(chosen):
             own = request.ids[len(shared) :]
             prompts[index, : len(own)] = own

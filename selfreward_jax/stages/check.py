@@ -17,6 +17,7 @@ from selfreward_jax.sampling.engine import Completion, Request
 
 def make(run: Run, model: str) -> dict[str, Any]:
     """Judges held-out ranked replies and answers validation prompts with `model`; writes under `MODEL/check/`."""
+    (run.root / model / "check").mkdir(parents=True, exist_ok=True)  # also where there is nothing to measure
     return _answers(run, model) | _judge_accuracy(run, model)
 
 

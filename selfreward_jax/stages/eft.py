@@ -101,8 +101,11 @@ def build(run: Run) -> dict[str, Any]:
         if not all(votes):
             continue
         means = [mean_score([judge.score_of(vote) for vote in some]) for some in votes]
+        ended = all(any(vote.score is not None and vote.finish_reason == "stop" for vote in some) for some in votes)
         if any(mean is None for mean in means):
             yields["no score for a reply"] += 1
+        elif not ended:  # what was cut off would teach the judge not to end
+            yields["no judgment of a reply ended"] += 1
         elif not agrees(means, ranked.ranks, config.eft.ties):
             yields["scores disagree with the human ranking"] += 1
         else:
@@ -149,7 +152,7 @@ def _yield_report(sets: int, yields: Counter[str], judged: Counter[str], thinned
 
 def _nearest(votes: list[Judgment], mean: Fraction) -> tuple[Judgment, Fraction]:
     scored = [(vote, judge.score_of(vote)) for vote in votes]
-    present = [(vote, score) for vote, score in scored if score is not None]
+    present = [(vote, score) for vote, score in scored if score is not None and vote.finish_reason == "stop"]
     return min(present, key=lambda pair: (abs(pair[1] - mean), pair[0].sample))
 
 

@@ -40,6 +40,8 @@ def card(run: Run, model: str) -> str:
 
 def _shown(value: Any) -> Any:
     """A local path by its last part: where it lay is nobody's business."""
+    if isinstance(value, tuple):
+        return tuple(map(_shown, value))
     local = isinstance(value, str) and "://" not in value and epath.Path(value).expanduser().exists()
     return epath.Path(value).name if local and value else value
 

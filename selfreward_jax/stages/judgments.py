@@ -24,18 +24,16 @@ from selfreward_jax.judging.templates import Template, render
 from selfreward_jax.observe.progress import progress, say
 from selfreward_jax.run import (
     Run,
-    engine,
     fits,
-    fixed_model,
+    judge_model,
     judge_template,
-    params_of,
     read_ours,
     read_parts,
     sample_parts,
     sampling,
     write_records,
 )
-from selfreward_jax.sampling.engine import Completion, Engine, Request, per_part
+from selfreward_jax.sampling.engine import Completion, Engine, Request, padded, per_part
 
 ENDPOINT_PART = 16  # responses that are judged between two writes: what a kill or a lost connection can cost
 
@@ -55,10 +53,9 @@ def make(run: Run, model: str, before: str) -> dict[str, Any]:
         name, files, facts = config.endpoint_model, *_asked(run, model, template, texts, responses)
     else:
         name = config.model or before.upper()
-        mine, chat = (
-            fixed_model(run, config.model) if config.model else (engine(run, params_of(run, before)), run.chat)
+        files, facts = _sampled(
+            run, *judge_model(run, before), f"{model}/judgments", folder, template, texts, responses
         )
-        files, facts = _sampled(run, mine, chat, f"{model}/judgments", folder, template, texts, responses)
     judgments = [judgment for file in files for judgment in read_ours(file, Judgment)]
     scores = Counter(judgment.score for judgment in judgments if judgment.score is not None)
     reasons = Counter(judgment.reason for judgment in judgments if judgment.reason is not None)
@@ -79,7 +76,7 @@ def _worth(run: Run, before: str) -> str:
     known = workdir.facts(run.root, f"{before}/check")
     if "accuracy" not in known:
         return "held-out pairwise accuracy not measured: --config.eft.eval_sets=0"
-    return f"held-out pairwise accuracy {known['accuracy']:.1%} [{known['low']:.1%}, {known['high']:.1%}]"
+    return f"held-out pairwise accuracy of its sampled scores {known['accuracy']:.1%} [{known['low']:.1%}, {known['high']:.1%}]"
 
 
 def _sampled(
@@ -113,7 +110,7 @@ def _sampled(
             for judgment in judge.judgments(chat, template, item.prompt_id, item.index, some)
         ]
 
-    rows = per_part(model, requests) * config.k
+    rows = padded(model, per_part(model, requests))  # the pass holds as many rows as the prefill, not k times as many
 
     def weighted(first: int, completions: list[list[Completion]]) -> list[Judgment]:
         judged = [(requests[first + i // config.k].ids, one) for i, one in enumerate(stated(first, completions))]
@@ -142,7 +139,7 @@ def _asked(
             prompts = [render(template, texts[response.prompt_id], response.text) for response in some]
             answers, used = endpoints.ask(
                 service, prompts, config.k, config.temperature, config.top_p, config.max_new_tokens,
-                run.config.seed + part * ENDPOINT_PART,
+                run.config.seed + part * ENDPOINT_PART * config.k,
             )  # fmt: skip
             usage += used
             write_records(file, [

@@ -17,7 +17,7 @@ def examples(run: Run) -> dict[str, Any]:
     """Writes `trained/examples.jsonl` from `data.ift`."""
     rows, drops = layouts.read_examples(run.config.data.ift, "--data")
     write_records(run.root / "trained" / "examples.jsonl", rows)
-    say(f"[trained/data] {len(rows)} examples; dropped {dict(drops) or 'none'}")
+    say(f"[trained/examples] {len(rows)} examples; dropped {dict(drops) or 'none'}")
     return {"examples": len(rows), "drops": dict(drops)}
 
 
@@ -42,5 +42,5 @@ def preferences(run: Run) -> dict[str, Any]:
     if not pairs:
         raise UserError(f"--data={config.preferences}: no pair is left of {len(rows)}: {dict(drops)}")
     write_records(run.root / "trained" / "pairs.jsonl", pairs)
-    say(f"[trained/data] {len(pairs)} pairs; dropped {dict(drops) or 'none'}")
+    say(f"[trained/pairs] {len(pairs)} pairs; dropped {dict(drops) or 'none'}")
     return {"pairs": len(pairs), "drops": dict(drops)}

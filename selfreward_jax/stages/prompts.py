@@ -33,6 +33,8 @@ from selfreward_jax.self_instruct.prompt import (
     split_completion_faithful,
 )
 
+SOURCE = "self-instruct"  # of a prompt that a model wrote; others come from a file or top up from the seeds
+
 
 def make(run: Run, model: str, before: str) -> dict[str, Any]:
     """Writes `MODEL/prompts.jsonl`: the iteration's slice of the pool.
@@ -48,20 +50,23 @@ def make(run: Run, model: str, before: str) -> dict[str, Any]:
         for prompt in read_records(run.root / f"m{t}" / "prompts.jsonl", Prompt)
     ]
     used = {prompt.id for prompt in earlier}
+    held_out = _held_out(run)
     drops: Counter[str] = Counter()
     facts: dict[str, Any] = {}
     if config.source != "self_instruct":
-        pool = [Prompt(key, text, "file") for key, text in prompt_texts(config.source, "")]
+        given = [Prompt(key, text, "file") for key, text in prompt_texts(config.source, "") if key not in used]
+        pool = _usable(run, given, held_out, drops)
     elif config.model == "current":
-        pool, facts = _grow_pool(run, model, before, run.root / model / "pool", earlier, wanted)
+        pool, facts = _grow_pool(run, model, before, run.root / model / "pool", held_out, earlier, wanted)
     else:
-        pool, facts = _grow_pool(run, model, before, run.root / "prompts", [], len(used) + wanted)
-    slice_ = _usable(run, [prompt for prompt in pool if prompt.id not in used], drops)[:wanted]
+        taken = sum(prompt.source == SOURCE for prompt in earlier)
+        pool, facts = _grow_pool(run, model, before, run.root / "prompts", held_out, [], taken + wanted)
+    slice_ = [prompt for prompt in pool if prompt.id not in used][:wanted]
     if len(slice_) < wanted and config.top_up == "seed":
         rest = [
             Prompt(f"top-up-{e.id}", e.prompt, "top-up") for e in read_ours(run.root / "seed" / "rest.jsonl", Example)
         ]
-        fresh = _usable(run, [prompt for prompt in rest if prompt.id not in used], drops)
+        fresh = _usable(run, [prompt for prompt in rest if prompt.id not in used], held_out, drops)
         slice_ += fresh[: wanted - len(slice_)]
     if not slice_:
         raise UserError(
@@ -74,18 +79,24 @@ def make(run: Run, model: str, before: str) -> dict[str, Any]:
     return {"prompts": len(slice_), "sources": dict(sources), "drops": dict(drops), **facts}
 
 
-def _usable(run: Run, prompts: Sequence[Prompt], drops: Counter[str]) -> list[Prompt]:
-    """Prompts that fit: longer than the limit or the context are skipped and counted."""
+def _usable(run: Run, prompts: Sequence[Prompt], held_out: filters.RougeIndex, drops: Counter[str]) -> list[Prompt]:
+    """Prompts that fit and are near no evaluation prompt; the others are counted under a reason."""
     out = []
     for prompt in prompts:
-        ids = encode_prompt(run.chat, prompt.text)
-        if len(ids) > run.config.data.max_prompt_tokens:
-            drops[f"over {run.config.data.max_prompt_tokens} tokens"] += 1
-        elif not fits(run.source.config, ids, run.config.responses.max_new_tokens):
-            drops["longer than the context"] += 1
+        reason = "near_evaluation" if held_out.is_similar(prompt.text) else _too_long(run, prompt.text)
+        if reason:
+            drops[reason] += 1
         else:
             out.append(prompt)
     return out
+
+
+def _too_long(run: Run, prompt: str) -> str:
+    """Why a prompt has no room, or ""."""
+    ids = encode_prompt(run.chat, prompt)
+    if len(ids) > run.config.data.max_prompt_tokens:
+        return f"over {run.config.data.max_prompt_tokens} tokens"
+    return "" if fits(run.source.config, ids, run.config.responses.max_new_tokens) else "longer than the context"
 
 
 def _held_out(run: Run) -> filters.RougeIndex:
@@ -97,11 +108,18 @@ def _held_out(run: Run) -> filters.RougeIndex:
 
 
 def _grow_pool(
-    run: Run, model: str, before: str, folder: epath.Path, earlier: Sequence[Prompt], wanted: int
+    run: Run,
+    model: str,
+    before: str,
+    folder: epath.Path,
+    held_out: filters.RougeIndex,
+    earlier: Sequence[Prompt],
+    wanted: int,
 ) -> tuple[list[Prompt], dict[str, Any]]:
     """Runs rounds until the pool has `wanted` prompts or `max_rounds` are over; finished rounds are read back.
 
     Args:
+        folder: of the pool's rounds; what is in it can be used, and is near no evaluation prompt.
         earlier: prompts of other pools, to which new ones must not be similar.
     """
     config = run.config.prompts
@@ -109,7 +127,6 @@ def _grow_pool(
     rest = [example.prompt for example in read_ours(run.root / "seed" / "rest.jsonl", Example)]
     known = [*seeds, *rest, *(prompt.text for prompt in earlier)]
     index = filters.RougeIndex(threshold=config.similarity, texts=known)
-    held_out = _held_out(run)
     normalise = filters.chat if config.normalise == "chat" else filters.faithful
     label = f"pool-{model}" if config.model == "current" else "pool"
     pool: list[Prompt] = []
@@ -136,8 +153,12 @@ def _grow_pool(
                 break
             writer = writer or prompt_writer(run, before)
             texts = _ask(run, *writer, label, number, seeds, [prompt.text for prompt in pool])
-            kept, dropped = filters.filter_batch(texts, index, normalise, held_out)
-            accepted = [Prompt(f"{label}-{number:05d}-{i:03d}", text, "self-instruct") for i, text in enumerate(kept)]
+            # Before the filters, not after: what they accept is what the index holds, and what a resume reads back.
+            reasons = [_too_long(run, normalise(text)) for text in texts]
+            fitting = [text for text, reason in zip(texts, reasons, strict=True) if not reason]
+            kept, dropped = filters.filter_batch(fitting, index, normalise, held_out)
+            dropped.update(filter(None, reasons))
+            accepted = [Prompt(f"{label}-{number:05d}-{i:03d}", text, SOURCE) for i, text in enumerate(kept)]
             workdir.write_text(path.with_suffix(".json"), json.dumps({"raw": len(texts), "drops": dict(dropped)}))
             write_records(path, accepted)
             take(path, accepted)
