@@ -13,7 +13,7 @@ PACKAGE = Path(selfreward_jax.__file__).parent
 
 # A module imports its own layer and those before it. A package or module that is in no layer fails the test.
 LAYERS = (
-    ("errors", "config", "presets", "cli", "workdir", "observe", "data", "judging", "self_instruct"),
+    ("errors", "contradictions", "config", "presets", "cli", "workdir", "observe", "data", "judging", "self_instruct"),
     ("sharding",),
     ("model",),
     ("weights",),

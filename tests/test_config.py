@@ -329,7 +329,7 @@ def package():
     out = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
-        if name not in ("selfreward_jax.config", "selfreward_jax.presets", "selfreward_jax.estimate"):
+        if name not in ("selfreward_jax.config", "selfreward_jax.contradictions", "selfreward_jax.presets", "selfreward_jax.estimate"):
             out[name] = path.read_text(encoding="utf-8")
     return out
 
