@@ -778,7 +778,15 @@ def gone(seconds=30.0):
     return not threads()
 
 
-def test_an_interrupt_ends_requests_and_waits(server):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as a terminal's process has it: one that a shell started in the background ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_ends_requests_and_waits(server, interruptible):
     server.script.extend([hang, hang, says(b"", 503, Retry_After="100"), hang])
 
     def interrupt():
@@ -803,7 +811,8 @@ def test_an_error_ends_the_requests_of_the_other_threads(server):
 def interrupted(url, busy):
     """What a process shows whose requests hang and that is then interrupted; it has less time than they to end."""
     code = (
-        "import sys; from selfreward_jax.judging.endpoint import *;"
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from selfreward_jax.judging.endpoint import *;"
         "ask(Endpoint(sys.argv[1], 'm', '', timeout=100.0, concurrency=2), list('abcd'), 1, 1.0, 1.0, 8, 0)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, url], stderr=subprocess.PIPE, text=True)
