@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from selfreward_jax.config import from_config_dict
@@ -28,6 +31,20 @@ def exit_code(command: Callable[[], Any]) -> int:
         print("\nstopped; start again to go on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def split(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The parser's own arguments, and the overrides `--config.NAME=VALUE`; anything else ends the program with 2."""
+    known, rest = parser.parse_known_args(argv)
+    unknown = [word for word in rest if not word.startswith("--config.")]
+    if unknown:
+        parser.error(f"unknown arguments {unknown}; config fields are --config.NAME=VALUE")
+    return known, rest
+
+
+def folder(workdir: str) -> epath.Path:
+    """The workdir that an option names; a local one is absolute, as checkpoints need it."""
+    return epath.Path(workdir if "://" in workdir else os.path.abspath(os.path.expanduser(workdir)))
 
 
 def parse_config(config_file: str, overrides: Sequence[str]) -> ConfigDict:

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from etils import epath
+from selfreward_jax import cli
 
 
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -23,15 +23,10 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--resume", choices=("strict", "override"), default="strict", help="override: go on with a changed config"
     )
     parser.add_argument("--fields", action="store_true", help="list every config field with its default and source")
-    known, rest = parser.parse_known_args(argv)
-    unknown = [word for word in rest if not word.startswith("--config.")]
-    if unknown:
-        parser.error(f"unknown arguments {unknown}; config fields are --config.NAME=VALUE")
-    return known, rest
+    return cli.split(parser, argv)
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from selfreward_jax import cli
     from selfreward_jax import config as configs
 
     if arguments.fields:
@@ -41,18 +36,13 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from selfreward_jax import launch  # jax starts here: not before the config is right
 
     name = os.path.basename(arguments.config).replace(".py", "").replace(":", "-")
-    root = arguments.workdir or f"runs/{name}"
-    if "://" not in root:  # checkpoints need an absolute path
-        root = os.path.abspath(os.path.expanduser(root))
-    launch.start(config, epath.Path(root), arguments)
+    launch.start(config, cli.folder(arguments.workdir or f"runs/{name}"), arguments)
 
 
 def main() -> int:
     """Returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
-    from selfreward_jax.cli import exit_code
-
     arguments, overrides = _arguments(sys.argv[1:])
-    return exit_code(lambda: _run(arguments, overrides))
+    return cli.exit_code(lambda: _run(arguments, overrides))
 
 
 if __name__ == "__main__":

@@ -189,19 +189,18 @@ def _iteration(config: Config, model: str, before: str, seeds: tuple[str, ...], 
 
 
 def settings_of(config: Config, stage: Stage) -> dict[str, Any]:
-    """The fields that decide a stage's result, by dotted name; a field that names a local file, with its sha256."""
+    """The fields that decide a stage's result, by dotted name."""
     free = free_fields()
-    found: dict[str, Any] = {}
-    for name, value in flat(config).items():
-        if name not in free and any(name == some or name.startswith(f"{some}.") for some in stage.settings):
-            found[name] = value
-    return found | files_of(config, stage)
+    return {
+        name: value
+        for name, value in flat(config).items()
+        if name not in free and any(name == some or name.startswith(f"{some}.") for some in stage.settings)
+    }
 
 
-def files_of(config: Config, stage: Stage) -> dict[str, str]:
-    """The user's local files that decide a stage's result, with their sha256."""
-    names = {name for name in _FILES if any(name == some or name.startswith(f"{some}.") for some in stage.settings)}
-    values = [value for name, value in flat(config).items() if name in names]
+def files_of(settings: dict[str, Any]) -> dict[str, str]:
+    """The user's local files that a stage's settings name, with their sha256."""
+    values = [value for name, value in settings.items() if name in _FILES]
     files = [file for value in values for file in (value if isinstance(value, tuple) else (value,)) if file]
     return {file: workdir.manifest(epath.Path(file)) for file in files if _is_file(file)}
 
@@ -276,13 +275,15 @@ def _do(run: Run, config: Config, root: epath.Path, stage: Stage) -> None:
         return [root / name for name in names]
 
     began = time.monotonic()
-    workdir.begin(root, stage.name, settings_of(config, stage), at(stage.inputs), at(stage.partial))
+    settings = settings_of(config, stage)
+    files = files_of(settings)
+    workdir.begin(root, stage.name, settings | files, at(stage.inputs), at(stage.partial))
     try:
         facts = stage.make(run)
     except OSError as error:
         raise workdir.disk_error(error.filename or root, error) from error
     seconds = time.monotonic() - began
-    facts |= {"files": files_of(config, stage)}
+    facts |= {"files": files}
     workdir.finish(root, stage.name, at(stage.inputs), at(stage.outputs), seconds, facts)
     _clear(root, stage)
     say(f"[{stage.name}] done in {seconds:.1f} s")

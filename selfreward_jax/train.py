@@ -7,9 +7,9 @@ python -m selfreward_jax.train --loss=dpo --model=runs/mine/trained/model --data
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
+from selfreward_jax import cli
 from selfreward_jax.errors import UserError
 
 
@@ -33,15 +33,11 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--resume", choices=("strict", "override"), default="strict", help="override: go on with a changed config"
     )
-    known, rest = parser.parse_known_args(argv)
-    unknown = [word for word in rest if not word.startswith("--config.")]
-    if unknown:
-        parser.error(f"unknown arguments {unknown}; config fields are --config.NAME=VALUE")
-    return known, rest
+    return cli.split(parser, argv)
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from selfreward_jax import cli, config
+    from selfreward_jax import config
 
     raw = cli.parse_config(arguments.config, overrides)
     set_here = {"sft": "data.ift", "dpo": "data.preferences"}[arguments.loss]
@@ -55,21 +51,15 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     checked = config.from_config_dict(raw)
     from selfreward_jax import launch  # jax starts here: not before the config is right
 
-    from etils import epath  # isort: skip
-
-    root = arguments.workdir
-    if "://" not in root:  # checkpoints need an absolute path
-        root = os.path.abspath(os.path.expanduser(root))
-    launch.train(checked, arguments.loss, epath.Path(root), arguments.resume)
-    print(f"{root}/trained/model")
+    root = cli.folder(arguments.workdir)
+    launch.train(checked, arguments.loss, root, arguments.resume)
+    print(root / "trained" / "model")
 
 
 def main() -> int:
     """Returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
-    from selfreward_jax.cli import exit_code
-
     arguments, overrides = _arguments(sys.argv[1:])
-    return exit_code(lambda: _run(arguments, overrides))
+    return cli.exit_code(lambda: _run(arguments, overrides))
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def from_rows(
         usable = [reply for reply, reason in zip(turn.replies, against, strict=True) if not reason]
         ranked = [reply for reply in usable if reply.rank is not None]
         drops["reply_no_rank"] += len(usable) - len(ranked)
-        words = " ".join(turn.prompt.text.split()).casefold()
+        words = words_of(turn.prompt.text)
         if not ranked:
             drops["no_rank" if usable else "no_reply"] += 1
         elif words in seen:
@@ -131,6 +131,11 @@ def from_rows(
             f"languages of the prompts: {languages or 'no prompts'})"
         )
     return Seed(tuple(examples), tuple(sets), dict(sorted(drops.items())), messages, len(seen), replies)
+
+
+def words_of(prompt: str) -> str:
+    """What makes two prompts the same one: neither case nor white space tells them apart."""
+    return " ".join(prompt.split()).casefold()
 
 
 def summary(seed_data: Seed) -> list[tuple[str, int | float]]:

@@ -18,8 +18,7 @@ from selfreward_jax.data.chat import Chat, decode
 from selfreward_jax.data.records import Judgment
 from selfreward_jax.judging.scores import read_score
 from selfreward_jax.judging.templates import Template
-from selfreward_jax.model import llama
-from selfreward_jax.model.config import LlamaConfig
+from selfreward_jax.sampling.engine import Engine
 from selfreward_jax.sharding.place import place
 from selfreward_jax.training.logprobs import Batch
 from selfreward_jax.training.step import logprob_pass
@@ -55,22 +54,14 @@ def score_place(chat: Chat, template: Template, judgment: Judgment) -> tuple[int
 
 
 def with_expected(
-    config: LlamaConfig,
-    compute: llama.Compute,
-    params: llama.Params,
-    mesh: jax.sharding.Mesh,
-    chat: Chat,
-    template: Template,
-    judged: Sequence[tuple[tuple[int, ...], Judgment]],
-    rows: int,
-    pad: int,
+    model: Engine, chat: Chat, template: Template, judged: Sequence[tuple[tuple[int, ...], Judgment]], rows: int
 ) -> list[Judgment]:
     """Judgments with their `expected` score, where there is one.
 
     Args:
+        model, chat: the judge that wrote the judgments, and its tokenizer.
         judged: (ids of the judge's prompt, the judgment).
         rows: rows of a batch, a multiple of the mesh's row shards; missing ones are padding.
-        pad: lengths are padded to multiples of this.
 
     Returns:
         The judgments in their order. `expected` has six decimals: sum over scores s of s p(s), with p normalised over
@@ -78,14 +69,14 @@ def with_expected(
     """
     if len(judged) > rows:
         parts = [judged[start : start + rows] for start in range(0, len(judged), rows)]
-        made = [with_expected(config, compute, params, mesh, chat, template, part, rows, pad) for part in parts]
+        made = [with_expected(model, chat, template, part, rows) for part in parts]
         return [judgment for part in made for judgment in part]
     placed = [score_place(chat, template, judgment) for _, judgment in judged]
     if not any(placed):
         return [judgment for _, judgment in judged]
     longest = max(len(ids) + found[0] for (ids, _), found in zip(judged, placed, strict=True) if found)
     count = template.high - template.low + 1
-    tokens = np.zeros((rows, -(-longest // pad) * pad), np.int32)
+    tokens = np.zeros((rows, -(-longest // model.pad) * model.pad), np.int32)
     positions = np.full(tokens.shape, NOWHERE, np.int32)
     positions[:, 0] = 0  # a padding row sees its first token, so that its softmax is defined
     at = np.zeros((rows, count), np.int32)
@@ -97,8 +88,12 @@ def with_expected(
             positions[index, : len(seen)] = np.arange(len(seen))
             at[index] = len(seen) - 1
             targets[index] = found[1]
-    batch = Batch(*(place(array, mesh) for array in (tokens, positions, at, targets, np.ones(at.shape, np.float32))))
-    logps = np.asarray(jax.device_get(logprob_pass(config, compute, count, params, batch)), np.float64)
+    batch = Batch(
+        *(place(array, model.mesh) for array in (tokens, positions, at, targets, np.ones(at.shape, np.float32)))
+    )
+    logps = np.asarray(
+        jax.device_get(logprob_pass(model.config, model.compute, count, model.params, batch)), np.float64
+    )
     scores = np.arange(template.low, template.high + 1)
     out = []
     for (_, judgment), found, row in zip(judged, placed, logps, strict=False):

@@ -114,9 +114,7 @@ def _sampled(
 
     def weighted(first: int, completions: list[list[Completion]]) -> list[Judgment]:
         judged = [(requests[first + i // config.k].ids, one) for i, one in enumerate(stated(first, completions))]
-        return expected.with_expected(
-            model.config, model.compute, model.params, run.mesh, chat, template, judged, rows, model.pad
-        )
+        return expected.with_expected(model, chat, template, judged, rows)
 
     to_records: Callable[..., list[Judgment]] = weighted if config.score == "expected" else stated
     files = sample_parts(run, model, sampling(run, config), requests, stage, folder, "judgments", to_records)

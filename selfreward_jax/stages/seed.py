@@ -28,15 +28,11 @@ def with_own_examples(data: DataConfig, loaded: oasst.Seed) -> oasst.Seed:
     if not data.ift:
         return loaded
     examples, drops = layouts.read_examples(data.ift, "--config.data.ift")
-    ranked = {_words(some.prompt) for some in loaded.sets}
-    own = [example for example in examples if _words(example.prompt) not in ranked]
+    ranked = {oasst.words_of(some.prompt) for some in loaded.sets}
+    own = [example for example in examples if oasst.words_of(example.prompt) not in ranked]
     counts = Counter(loaded.drops) + Counter({f"ift_{reason}": count for reason, count in drops.items()})
     counts += Counter({"ift_prompt_of_a_ranked_set": len(examples) - len(own)})
     return dataclasses.replace(loaded, examples=tuple(own), drops=dict(sorted(counts.items())))
-
-
-def _words(text: str) -> str:
-    return " ".join(text.split()).casefold()
 
 
 def make(run: Run) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from selfreward_jax.data.chat import decode, encode_text
 from selfreward_jax.data.records import Judgment
 from selfreward_jax.evaluation import expected, judge
 from selfreward_jax.judging import templates
-from selfreward_jax.run import compute, params_of
+from selfreward_jax.run import engine, params_of
 from selfreward_jax.sampling.engine import Completion
 from selfreward_jax.sharding.mesh import make_mesh
 from selfreward_jax.weights.export import export
@@ -68,7 +68,7 @@ def test_expected_scores_are_those_of_transformers(run, tmp_path):
     params = params_of(run, "m0")
     judged = list(zip(asked, made, strict=True))
     config = run.source.config
-    got = expected.with_expected(config, compute(run.config), params, run.mesh, run.chat, ADDITIVE, judged, 8, 64)
+    got = expected.with_expected(engine(run, params), run.chat, ADDITIVE, judged, 8)
     assert [dataclasses.replace(one, expected=None) for one in got] == made
     export(params, config, run.chat.tokenizer, epath.Path(tmp_path / "model"), "float32", "", generation={})
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
@@ -87,4 +87,4 @@ def test_expected_scores_are_those_of_transformers(run, tmp_path):
 
 def test_nothing_to_weigh_costs_nothing(run):
     plain = [((1, 2), judgment(run.chat, *TEXTS[2]))]
-    assert expected.with_expected(None, None, None, None, run.chat, ADDITIVE, plain, 8, 64) == [plain[0][1]]  # type: ignore[arg-type]
+    assert expected.with_expected(None, run.chat, ADDITIVE, plain, 8) == [plain[0][1]]  # type: ignore[arg-type]
