@@ -135,7 +135,9 @@ class EftConfig:
         "3.1.1; none: A.3",
     )
     file: str = _f(
-        "seed", "file of judge examples, or seed (the packaged ones); for source=file", _OURS + "for small models"
+        "",
+        "judge examples, or seed (the packaged ones): source=file trains on them, file and none measure by the held-out",
+        _OURS + "for small models",
     )
     train_sets: int = _f(
         2000, "ranked prompts that EFT is built from; -1: all that are left", _OURS + "enough for 1,630"

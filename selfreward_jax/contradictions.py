@@ -52,6 +52,10 @@ def find(c: Any) -> list[str]:
     need(c.dpo.beta > 0, f"dpo.beta={c.dpo.beta}: above 0")
     need(c.dpo.reference in ("cached", "live"), f"dpo.reference={c.dpo.reference}: cached or live")
     need(c.eft.source in ("build", "file", "none"), f"eft.source={c.eft.source}: build, file or none")
+    need(
+        c.eft.source != "file" or bool(c.eft.file),
+        "eft.source=file: name judge examples by --config.eft.file=FILE, or =seed for the packaged ones",
+    )
     need(c.eft.ties in ("strict", "lenient"), f"eft.ties={c.eft.ties}: strict or lenient")
     need(c.data.oasst != "none" or bool(c.data.ift), "data.oasst=none: name instruction rows by --config.data.ift")
     need(

@@ -12,7 +12,7 @@ from etils import epath
 
 from selfreward_jax import workdir
 from selfreward_jax.config import Config, models, of_model
-from selfreward_jax.data.seeds import held_out_sets, judge_rows
+from selfreward_jax.data.seeds import measuring_sets
 from selfreward_jax.errors import UserError
 
 # Bytes a parameter while training: parameter, two moments, the summed and the new gradient, all float32.
@@ -89,9 +89,8 @@ def generations(config: Config) -> dict[str, tuple[int, int]]:
     """Completions and new tokens at most, by stage."""
     out: dict[str, tuple[int, int]] = {}
     held_out = 3 * max(0, config.eft.eval_sets)
-    if config.eft.source == "file":
-        sets = held_out_sets(judge_rows(config.eft.file, config.judge.low, config.judge.high))
-        held_out += sum(len(ranked.replies) for ranked in sets)
+    own = measuring_sets(config.eft, config.judge.low, config.judge.high)
+    held_out += sum(len(ranked.replies) for ranked in own)
     check_votes = (config.check.prompts + held_out) * config.check.k
     for model in models(config.target):
         if model == "m1" and config.eft.source == "build":

@@ -47,7 +47,7 @@ def demo() -> Config:
         },
         data={"oasst": "seed", "ift_examples": 40, "max_prompt_tokens": 192, "max_length": 576},
         sft=sft,
-        eft={"source": "file", "train_sets": 0, "eval_sets": 8, "max_share": 0.4},
+        eft={"source": "file", "file": "seed", "train_sets": 0, "eval_sets": 8, "max_share": 0.4},
         prompts={
             "model": "", "requests": 8, "max_rounds": 6, "max_new_tokens": 160, "top_up": "seed",
         },

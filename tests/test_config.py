@@ -98,6 +98,7 @@ def test_a_field_of_the_wrong_type_makes_no_contradiction_of_its_own():
         ("dpo.beta", 0.0, "above 0"),
         ("dpo.reference", "none", "cached or live"),
         ("eft.source", "web", "build, file or none"),
+        ("eft.file", "", "name judge examples by --config.eft.file=FILE"),
         ("eft.k", 0, "at least 1"),
         ("eft.max_share", 0.0, "in (0, 1]"),
         ("prompts.top_up", "all", "none or seed"),

@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from selfreward_jax.config import EftConfig
 from selfreward_jax.data.records import RankedSet
 from selfreward_jax.data.rows import Rows, plain, read_rows
 from selfreward_jax.errors import UserError
@@ -114,6 +115,11 @@ def held_out_sets(rows: list[dict[str, Any]]) -> list[RankedSet]:
         if len(order) > 1:
             out.append(RankedSet(name, members[0]["instruction"], tuple(row["response"] for row in members), ranks))
     return out
+
+
+def measuring_sets(eft: EftConfig, low: int, high: int) -> list[RankedSet]:
+    """The held-out sets of `eft.file`; none beside EFT that is built, which human-ranked sets alone measure."""
+    return held_out_sets(judge_rows(eft.file, low, high)) if eft.source != "build" and eft.file else []
 
 
 def prompt_texts(file: str, default: str) -> list[tuple[str, str]]:

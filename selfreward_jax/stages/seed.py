@@ -8,7 +8,7 @@ from typing import Any
 
 from selfreward_jax.config import DataConfig
 from selfreward_jax.data import layouts, oasst
-from selfreward_jax.data.seeds import held_out_sets, judge_rows, packaged, rows_of
+from selfreward_jax.data.seeds import measuring_sets, packaged, rows_of
 from selfreward_jax.observe.progress import say
 from selfreward_jax.run import Run, write_records
 
@@ -41,11 +41,9 @@ def make(run: Run) -> dict[str, Any]:
     loaded = with_own_examples(config.data, load(config.data, config.seed))
     building = config.eft.train_sets if config.eft.source == "build" else 0
     split = oasst.split(loaded, config.data.ift_examples, config.eft.eval_sets, building, config.seed)
-    evaluation = list(split.eft_eval)
-    if config.eft.source == "file":
-        evaluation += held_out_sets(judge_rows(config.eft.file, config.judge.low, config.judge.high))
+    evaluation = [*split.eft_eval, *measuring_sets(config.eft, config.judge.low, config.judge.high)]
     outputs: dict[str, list[Any]] = {
-        "ift": list(split.ift), "eft_train_sets": list(split.eft_train), "eft_eval_sets": list(evaluation),
+        "ift": list(split.ift), "eft_train_sets": list(split.eft_train), "eft_eval_sets": evaluation,
         "rest": list(split.rest),
     }  # fmt: skip
     for name, records in outputs.items():

@@ -8,12 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+from selfreward_jax.config import EftConfig
 from selfreward_jax.data.records import RankedSet
 from selfreward_jax.data.seeds import (
     evaluation_texts,
     held_out_sets,
     hub_rows,
     judge_rows,
+    measuring_sets,
     packaged,
     prompt_texts,
     rows_of,
@@ -135,6 +137,11 @@ def test_a_set_that_orders_nothing_is_left_out():
 
 
 # Prompts.
+
+
+@pytest.mark.parametrize(("source", "file", "count"), [("file", "seed", 8), ("none", "seed", 8), ("none", "", 0), ("build", "seed", 0)])
+def test_held_out_judge_examples_measure_every_judge_but_one_that_ranked_replies_made(source, file, count):
+    assert len(measuring_sets(EftConfig(source=source, file=file), 0, 5)) == count
 
 
 def test_prompts_are_read_under_three_names(tmp_path):
