@@ -4,7 +4,7 @@ A score that cannot be read with certainty is no score: never 0, never the lowes
 score that counted as a low one would teach the model to write answers that its judge can parse. What is not
 read has one of `REASONS`:
 
-    no_statement   nothing in the text says "Score:"
+    no_statement   nothing in the text says "Score:", or only mentions tell it
     cut_off        the length limit came before a statement, or where the last one could still have gone on
     no_number      no digit 0 to 9 where the number should be: "five", "NaN", "<total points>", nothing
     out_of_range   below the lowest, above the highest, or a number longer than any score
@@ -17,6 +17,12 @@ with the scale: "Score (out of 5):". "Score - 4" and the table row "| Score | 4 
 begin the line and the number follows. "The score is 4" and "Rating: 4" are none, nor is "Reason for the score:"
 if no number follows. A statement reaches to the next one or the end of the line. If it holds no letter or digit,
 and the next line that does is nothing but a number (and the line after that is not), that is its number.
+
+Mentions. A response can say "Score: 5" and the judge can quote it, so these are no statements (mentions.py): one in
+quotation marks with other words on the line (quotation marks around the whole line, as the judge prompts show the
+format, are the judge's own), one right behind a denial or a report ("does not deserve a Score: 5", "it ends with
+Score: 5"), and one that describes a noun ("a Score: 5 answer"). They do end the statement in front of them. The form
+is told apart, not the meaning: "Score: 5, as the response asks" counts.
 
 Final statements. Those on the last line that has any, and those on lines directly above it (with no letter or
 digit between) that hold nothing but a statement. They must agree. An earlier statement that is followed by
@@ -33,6 +39,8 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+
+from selfreward_jax.judging import mentions
 
 REASONS = (
     "no_statement",
@@ -56,11 +64,19 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class _Statement:
-    """Its scale ("(out of 5)", or ""), what follows it, and whether no words stand before it but "final" and such."""
+    """One statement of a line.
+
+    Attributes:
+        scale: as it is written before the separator: "(out of 5)", or "".
+        rest: what follows the separator, up to the next statement.
+        plain: no words stand before it but "final" and such.
+        quoted: it stands in a quotation, which is the whole line.
+    """
 
     scale: str
     rest: str
     plain: bool
+    quoted: bool
 
 
 # Fullwidth ASCII becomes ASCII, except the comma, which is no decimal sign there; what has no width, a space.
@@ -191,20 +207,39 @@ def _join_numbers(lines: Sequence[str]) -> list[str]:
 
 def _statements(line: str) -> list[_Statement]:
     matches = list(_STATEMENT.finditer(line))
-    if not matches:
-        row = _ROW.match(line)
-        if row and (row["dash"] or "|" in row["cell"]):
-            return [_Statement(row["scale"] or "", line[row.end() :], plain=True)]
-        return []
     ends = [match.start() for match in matches[1:]] + [len(line)]
+    rests = [line[match.end() : end] for match, end in zip(matches, ends)]
+    places = [(match.start(), match.end() + _value_end(rest)) for match, rest in zip(matches, rests)]
     found = []
-    for match, end in zip(matches, ends):
+    for match, rest, quoted in zip(matches, rests, mentions.quotations(line, places)):
         before = line[max(0, match.start() - 60) : match.start()]
-        rest = line[match.end() : end]
-        if _VALUE.match(rest) or not _ABOUT.search(before):
-            plain = match.start() <= 60 and bool(_PLAIN.fullmatch(before))
-            found.append(_Statement(match["scale"] or "", rest, plain))
-    return found
+        plain = match.start() <= 60 and bool(_PLAIN.fullmatch(before))
+        if quoted != "part" and (plain or _is_own(before, rest)):
+            found.append(_Statement(match["scale"] or "", rest, plain, quoted == "line"))
+    return found or _row(line, matches[0].start() if matches else len(line))
+
+
+def _row(line: str, end: int) -> list[_Statement]:
+    """The statement "Score - 4" or "| Score | 4 |" that a line begins with, if it ends before `end`."""
+    row = _ROW.match(line, 0, end)
+    if not row or not (row["dash"] or "|" in row["cell"]):
+        return []
+    rest = line[row.end() : end]
+    (quoted,) = mentions.quotations(line, [(row.start("cell"), row.end() + _value_end(rest))])
+    return [] if quoted == "part" else [_Statement(row["scale"] or "", rest, plain=True, quoted=quoted == "line")]
+
+
+def _value_end(rest: str) -> int:
+    value = _VALUE.match(rest)
+    return value.end("number") if value else 0
+
+
+def _is_own(before: str, rest: str) -> bool:
+    """Whether the words around a statement that is not plain leave it the judge's own."""
+    parts = _parts(rest)
+    if not parts and _ABOUT.search(before):
+        return False
+    return not (mentions.denied_or_reported(before) or (parts and mentions.described(before, parts[2])))
 
 
 def _bare_above(lines: Sequence[str], only_plain: bool) -> Iterable[_Statement]:
@@ -244,7 +279,8 @@ def _read(statement: _Statement, low: int, high: int, open_ended: bool) -> Readi
         return Reading(None, "cut_off" if open_ended else "no_number")
     value, scale, tail = parts
     scale_is_over = scale and not (scale[-1].isdigit() and tail in ("", ".", ","))
-    if open_ended and not scale_is_over and not _OVER.match(tail):
+    # In quotation marks it can still turn out to be a part of the line, whatever follows the number.
+    if open_ended and (statement.quoted or (not scale_is_over and not _OVER.match(tail))):
         return Reading(None, "cut_off")
     percent = re.match(_CLOSE + _PERCENT, tail, re.IGNORECASE)
     if percent or not all(_is_ours(written, low, high) for written in (statement.scale, scale)):

@@ -26,8 +26,15 @@ PIECES = [
     "Score", "score", "Total score", ":", "=", " - ", "|", " ", "\n", "**", "<", ">", "(", ")", "/", "/5", "/10",
     " out of ", "4", "5", "3", "0", ".", ",", "-", "+", "%", " points", " or ", " because ", "<br>", "</b>", "five",
     "<total points>", "Reason for the ", "Score: 4", "Score: 3\n", "Score (0-5): ", "：", "４", "½", "\r", "\u2028",
+    '"', "“", "”", "'", "`", "«", "not a ", "It says ", " answer",
 ]  # fmt: skip
 TEXTS = st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=12).map("".join)
+QUOTES = [
+    ('"', '"'), ("“", "”"), ("„", "“"), ("”", "”"), ("'", "'"), ("‘", "’"), ("«", "»"), ("« ", " »"), ("`", "`"), ("「", "」"),
+]  # fmt: skip
+APOSTROPHES = [
+    "the users’", "isn't", "it’s", "users' ", "don’t,", "the boss'", "rock’n’roll", "a", "good.", "(can't)", "James’s",
+]  # fmt: skip
 PROSE = st.text(max_size=40).filter(
     lambda text: "score" not in unicodedata.normalize("NFKC", text).casefold() and not any(map(str.isnumeric, text))
 )
@@ -46,6 +53,40 @@ def test_corpus(case):
     assert reading.score is None or type(reading.score) is Fraction
 
 
+@FAST
+@given(
+    marks=st.sampled_from(QUOTES),
+    score=TENTHS,
+    words=st.sampled_from(["The response has {} in it.", "{} is its claim, not mine.", "Its {}", "{}, it has", "**It has {}**"]),
+    inside=st.sampled_from(["Score: {}", "**Score: {}**", "Good. Final score: {}/5", "Score - {}", "Score: {} points."]),
+)  # fmt: skip
+def test_a_quoted_statement_is_another_s(marks, score, words, inside):
+    line = words.format(marks[0] + inside.format(decimal(score)) + marks[1])
+    assert read_score(line, 0, 5) == Reading(None, "no_statement")
+    for text in (f"Score: 2\n\nPoor.\n{line}", f"Score: 2\n{line}", f"{line}\nScore: 2"):
+        assert read_score(text, 0, 5) == Reading(Fraction(2), None), text
+
+
+@FAST
+@given(
+    marks=st.sampled_from(QUOTES),
+    score=TENTHS,
+    around=st.sampled_from(["{}", "- {}", "2. {}.", "**{}**", "> {}", "{}</s>", "({})", "| {} |"]),
+)
+def test_a_line_that_is_all_quotation_is_the_judge_s(marks, score, around):
+    line = around.format(f"{marks[0]}Score: {decimal(score)}{marks[1]}")
+    assert read_score(f"Good.\n\n{line}", 0, 5) == Reading(score, None)
+    assert read_score(f"Good.\n\n{line}", 0, 5, finished=False) == Reading(None, "cut_off")
+    assert read_score(f"Good.\n\n{line}\n", 0, 5, finished=False) == Reading(score, None)
+
+
+@FAST
+@given(st.lists(st.sampled_from(APOSTROPHES), max_size=8).map(" ".join), TENTHS)
+def test_apostrophes_are_no_quotation_marks(prose, score):
+    for text in (f"{prose} clear. Score: {decimal(score)}", f"Score: {decimal(score)}. Well, {prose} clear."):
+        assert read_score(text, 0, 5) == Reading(score, None)
+
+
 def test_the_corpus_is_what_it_should_be():
     assert len({(c["text"], c["low"], c["high"], c["finished"]) for c in CORPUS}) == len(CORPUS) >= 240
     assert all(set(case) == {"text", "low", "high", "finished", "score", "reason"} for case in CORPUS)
@@ -60,6 +101,7 @@ def test_a_statement_that_is_cut_anywhere_gives_its_own_score_or_none():
     cases = [case for case in CORPUS if case["reason"] in (None, "other_scale", "out_of_range")]
     cases = [case for case in cases if case["text"].casefold().count("score") == 1 and len(case["text"]) < 120]
     assert len(cases) > 200
+    cases += [case for case in CORPUS if case["reason"] == "no_statement"]
     for case in cases:
         whole = None if case["score"] is None else Fraction(case["score"])
         for end in range(len(case["text"])):
@@ -146,6 +188,8 @@ def test_integers_against_the_range(number, low, high):
     "score:*4*", "4", "4.", "4,", ".4", "1 point", " of", "out of a ", "on a scale ", "on a 5", "of a possible ",
     " ", "*", "(", "<", "<b ", "<b>", "</", "<br", "<br ", "\\", "\\(", "\\text", "|", "| ", "\n", "Score:\n", "4\n",
     "Score: 4\n", "score:\n4\n", "score: 4 out of ", "or ", "_", ".", "-", "- ", "：", "４", "½", "分", "word ",
+    '"', '" ', ' "', '"a ', "“", "'a ", "' ", "`", "` ", "«", '"score: 4" ', 'it says "score: 4" ', '"score: 4 ', "`score: 4",
+    "not a score: 4 ", "not it ", "not a score: 4 answer ", "says ", "a score: 4 ", "'score: 4' a",
 ])  # fmt: skip
 def test_long_texts_take_linear_time(unit):
     long = unit * (30_000 // len(unit))
