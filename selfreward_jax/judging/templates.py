@@ -7,9 +7,9 @@ in "< response >" and "< rating >" are left out, taken for an effect of typesett
 none, and the judge is to write "Score: 4".
 
 What stands in the two places comes from data or from the model that is being judged, so it must not be able
-to end its place early. Placeholders inside the texts stay text (one pass over the template), and the tags
-that fence the response are made harmless, see `neutralise`. A "Score: 5" inside a response is left as it is:
-scores are parsed from what the judge generates, never from its prompt.
+to end its place early. Placeholders inside the texts stay text (one pass over the template), and what fences them
+in this template is made harmless, see fences.py. A "Score: 5" inside a response is left as it is: scores are parsed
+from what the judge generates, never from its prompt.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ import re
 from etils import epath
 
 from selfreward_jax.errors import UserError
+from selfreward_jax.judging import fences
 
 INSTRUCTION = "<INSTRUCTION_HERE>"
 RESPONSE = "<RESPONSE_HERE>"
@@ -35,8 +36,6 @@ _BUILT_IN = {
 }  # fmt: skip
 _DEFAULT_RANGE = (0, 5)  # of a file, which cannot say its own
 _PLACEHOLDER = re.compile(f"{INSTRUCTION}|{RESPONSE}")
-# Each part of a tag is a run of one kind of character, so a failing match costs no more than the run it read.
-_TAG = re.compile(r"<(?=\\*\s*(?:/\s*)?response\b)", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,18 +86,17 @@ def load(name_or_path: str | os.PathLike[str], low: int | None = None, high: int
 
 def render(template: Template, instruction: str, response: str) -> str:
     """The judge's prompt for one response (paper 2.2, step 3)."""
-    texts = {INSTRUCTION: neutralise(instruction), RESPONSE: neutralise(response)}
+    texts = {INSTRUCTION: neutralise(template, instruction), RESPONSE: neutralise(template, response)}
     return _PLACEHOLDER.sub(lambda match: texts[match.group()], template.text)
 
 
-def neutralise(text: str) -> str:
-    r"""The text with a backslash after the "<" of everything that reads as a <response> or </response> tag.
+def neutralise(template: Template, text: str) -> str:
+    r"""The text with a backslash for everything in it that reads as a fence of this template (see fences.py).
 
-    Any case, inner spaces and attributes count: "</response>" becomes "<\/response>", "< Response x>" becomes
-    "<\ Response x>". A tag that has backslashes gets one more, so that taking one away gives the text back
-    and no two texts look the same to the judge.
+    With the built-in ones "</response>" becomes "<\/response>" and "< Response x>" becomes "<\ Response x>". A template
+    that fences nothing leaves a text as it is.
     """
-    return _TAG.sub(lambda match: "<\\", text)
+    return fences.neutralise(text, template.text, (INSTRUCTION, RESPONSE))
 
 
 def _read(path: str) -> str:
