@@ -152,7 +152,9 @@ class EftConfig:
         _OURS + "'agrees' taken at its word",
     )
     max_share: float = _f(
-        0.4, "largest share of the most common score after thinning", _OURS + "the paper says 'not too skewed'"
+        0.4,
+        "largest share of any score after thinning; of n distinct scores never below 1/n",
+        _OURS + "the paper says 'not too skewed'",
     )
 
 

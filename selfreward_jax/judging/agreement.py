@@ -46,11 +46,18 @@ class PairCounts:
 
 @dataclasses.dataclass(frozen=True)
 class Thinned:
-    """The positions that `thin_most_common` kept, ascending, and the count of each score before and after."""
+    """What `thin_most_common` kept.
+
+    Attributes:
+        kept: positions, ascending.
+        before, after: the count of each score, lowest score first.
+        share: the largest share that a score may have: `max_share`, or 1/n where n distinct scores cannot keep to it.
+    """
 
     kept: tuple[int, ...]
     before: dict[Fraction | int, int]
     after: dict[Fraction | int, int]
+    share: Fraction
 
 
 def pairwise(scores: Sequence[Fraction | None], ranks: Sequence[int]) -> PairCounts:
@@ -126,24 +133,27 @@ def against_chance(sets: Sequence[PairCounts], seed: int) -> tuple[float, float,
 
 
 def thin_most_common(scores: Sequence[Fraction | int], max_share: float, seed: int) -> Thinned:
-    """Drops examples of the most common score at random until its share is at most `max_share` (paper 3.1.1).
+    """Drops examples of the most common scores at random until no score has more than `max_share` (paper 3.1.1).
 
-    Only the score that is most common at the start is thinned (of equally common ones, the higher), as the
-    paper discards "some of the data that receives the most common score". Data of a single score cannot have
-    a share below 1: it is all dropped, and `after` says so. Raises ValueError unless 0 < max_share <= 1.
+    The paper discards "some of the data that receives the most common score". Where another score is then the most
+    common one and above the share, it is thinned as well: all scores are cut to one height, the greatest at which the
+    share holds, so no more is dropped than needed. Of n distinct scores the most common has at least 1/n: a share
+    below that is taken as 1/n, which leaves as many of each as of the rarest. Raises ValueError unless
+    0 < max_share <= 1.
     """
     if not 0 < max_share <= 1:
         raise ValueError(f"max_share={max_share}: must be above 0 and at most 1")
     before = Counter(scores)
-    positions = range(len(scores))
-    kept = set(positions)
-    if scores and max_share < 1:
-        common = max(before, key=lambda score: (before[score], score))
-        share = Fraction(str(max_share))  # as it is written: 0.3 as a float is a little less than 3/10
-        others = len(scores) - before[common]
-        allowed = int(share * others / (1 - share))
-        if before[common] > allowed:
-            holders = [position for position in positions if scores[position] == common]
-            kept -= set(holders) - set(random.Random(seed).sample(holders, allowed))
+    share = Fraction(str(max_share))  # as it is written: 0.3 as a float is a little less than 3/10
+    share = max(share, Fraction(1, len(before))) if before else share
+    height = max(before.values(), default=0)
+    while height > share * sum(min(count, height) for count in before.values()):
+        height -= 1
+    kept = set(range(len(scores)))
+    draw = random.Random(seed)
+    for common in sorted(before, key=lambda score: (before[score], score), reverse=True):
+        if before[common] > height:
+            holders = [position for position, score in enumerate(scores) if score == common]
+            kept -= set(holders) - set(draw.sample(holders, height))
     after = Counter(scores[position] for position in kept)
-    return Thinned(tuple(sorted(kept)), dict(sorted(before.items())), dict(sorted(after.items())))
+    return Thinned(tuple(sorted(kept)), dict(sorted(before.items())), dict(sorted(after.items())), share)

@@ -1,5 +1,6 @@
 """Agreement with human ranks: counts, acceptance, intervals and thinning."""
 
+import itertools
 from collections import Counter
 from fractions import Fraction
 
@@ -85,9 +86,7 @@ def test_the_interval_of_many_sets():
     low, high = interval(sets, seed=1)
     mean = sum(sets, PairCounts()).accuracy
     assert mean is not None and low < mean < high
-    assert (
-        abs((high - low) - 2 * 1.96 * np.sqrt(0.7 * 0.3 / 600)) < 0.02
-    )  # independent pairs: the normal width
+    assert abs((high - low) - 2 * 1.96 * np.sqrt(0.7 * 0.3 / 600)) < 0.02  # independent pairs: the normal width
     assert interval(sets, seed=1) == (low, high)
     assert len({interval(sets, seed, n=50) for seed in range(5)}) > 1
     assert interval([*sets, PairCounts()], seed=1) == (low, high)  # a set without pairs says nothing
@@ -123,22 +122,39 @@ def test_thinning():
     assert thin_most_common(given_, 0.5, 0) == thin and thin_most_common(given_, 0.5, 1) != thin
     assert thin_most_common(given_, 0.8, 0).kept == tuple(range(100))  # already at the share
     assert thin_most_common(given_, 1.0, 0).kept == tuple(range(100))
-    assert thin_most_common([4] * 9, 0.5, 0).after == {}
     assert thin_most_common([], 0.5, 0).kept == ()
 
 
+def test_the_score_that_becomes_the_most_common_is_thinned_too():
+    given_ = [4] * 50 + [3] * 45 + [1] * 5
+    thin = thin_most_common(given_, 0.4, 0)  # cutting 4 alone, to 33, would leave 45 of 83 with a 3
+    assert thin.after == {1: 5, 3: 10, 4: 10} and thin.share == Fraction(2, 5)
+    assert thin_most_common(given_, 0.4, 0) == thin and thin_most_common(given_, 0.4, 1).kept != thin.kept
+    assert thin_most_common(given_, 0.5, 0).after == {1: 5, 3: 45, 4: 50}
+
+
+def test_fewer_scores_than_the_share_needs_are_made_even():
+    thin = thin_most_common([4] * 50 + [3] * 45, 0.4, 0)
+    assert thin.after == {3: 45, 4: 45} and thin.share == Fraction(1, 2)
+    thin = thin_most_common([5] * 3 + [3] * 2 + [1], 0.1, 0)
+    assert thin.after == {1: 1, 3: 1, 5: 1} and thin.share == Fraction(1, 3)
+    assert thin_most_common([4] * 9, 0.5, 0).after == {4: 9}  # nothing to set against it
+
+
 @FAST
-@given(st.lists(st.integers(0, 5), max_size=60), st.integers(1, 10), st.integers(0, 3))
-def test_only_the_most_common_score_is_thinned_and_no_more_than_needed(given_, tenths, seed):
-    share = Fraction(tenths, 10)
+@given(st.lists(st.integers(0, 3), max_size=14), st.integers(1, 10), st.integers(0, 3))
+def test_no_score_has_more_than_the_share_and_no_more_is_dropped_than_needed(given_, tenths, seed):
     thin = thin_most_common(given_, tenths / 10, seed)
     assert Counter(given_[position] for position in thin.kept) == thin.after
-    changed = [score for score in thin.before if thin.before[score] != thin.after.get(score, 0)]
-    assert len(changed) <= 1
-    for score in changed:
-        assert thin.before[score] == max(thin.before.values())
-        left, total = thin.after.get(score, 0), sum(thin.after.values())
-        assert left <= share * total < share * (total + 1) < left + 1  # one more would be too many
+    assert list(thin.kept) == sorted(set(thin.kept)) and thin.before == Counter(given_)
+    distinct = len(set(given_))
+    share = max(Fraction(tenths, 10), Fraction(1, distinct)) if given_ else Fraction(tenths, 10)
+    assert thin.share == share
+    sizes = [range(count + 1) for count in Counter(given_).values()]
+    possible = [some for some in itertools.product(*sizes) if max(some, default=0) <= share * sum(some)]
+    assert tuple(thin.after.get(score, 0) for score in Counter(given_)) in possible
+    assert len(thin.kept) == max(map(sum, possible))
+    assert set(thin.after) == set(given_)  # no score is lost
 
 
 def test_a_judge_that_gives_all_the_same_score_is_at_chance() -> None:
