@@ -45,18 +45,6 @@ class RankedSet:
 
 
 @dataclasses.dataclass(frozen=True)
-class JudgeExample:
-    """One EFT example (paper 3.1.1): `prompt` is the judged instruction, `set` the id of its `RankedSet`."""
-
-    id: str
-    prompt: str
-    response: str
-    justification: str
-    score: int
-    set: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Response:
     """Candidate `index` of a prompt (paper 2.2, step 2), with the sampled ids and their log-probabilities."""
 
@@ -114,7 +102,7 @@ class Preference:
     rejected: str
 
 
-Record = Prompt | Example | RankedSet | JudgeExample | Response | Judgment | Pair | Preference
+Record = Prompt | Example | RankedSet | Response | Judgment | Pair | Preference
 R = TypeVar("R", bound=Record)
 
 
