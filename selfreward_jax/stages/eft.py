@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -56,10 +57,11 @@ def build(run: Run) -> dict[str, Any]:
     """EFT from ranked replies: the SFT baseline judges each; a set whose scores agree with the humans is accepted.
 
     The paper does not say how many judgments a reply gets: `eft.k`, 1 by default. With more, scores are averaged and
-    the target is the judgment nearest the mean, the lowest index on ties.
+    the target is the judgment nearest the mean, the lowest index on ties. The targets must agree with the humans as
+    the means do: what is learned is the score that a target states.
 
     Raises:
-        UserError: with the yield table, if nothing was accepted.
+        UserError: with what became of the sets, if nothing was accepted.
     """
     config = run.config
     template = judge_template(run)
@@ -89,31 +91,21 @@ def build(run: Run) -> dict[str, Any]:
         "judgments", record,
     )  # fmt: skip
     by_reply: dict[tuple[str, int], list[Judgment]] = {}
+    judged: Counter[str] = Counter()
     for file in files:
         for judgment in read_ours(file, Judgment):
             by_reply.setdefault((judgment.prompt_id, judgment.response_index), []).append(judgment)
+            judged[judgment.score or f"none: {judgment.reason}"] += 1
     chosen: list[tuple[Example, Fraction]] = []
-    before_filter: Counter[str] = Counter()
-    for votes in by_reply.values():
-        before_filter.update(vote.score or f"none: {vote.reason}" for vote in votes)
     for ranked in sets:
         votes = [by_reply.get((ranked.id, index), []) for index in range(len(ranked.replies))]
         if not all(votes):
-            continue
-        means = [mean_score([judge.score_of(vote) for vote in some]) for some in votes]
-        ended = all(any(vote.score is not None and vote.finish_reason == "stop" for vote in some) for some in votes)
-        if any(mean is None for mean in means):
-            yields["no score for a reply"] += 1
-        elif not ended:  # what was cut off would teach the judge not to end
-            yields["no judgment of a reply ended"] += 1
-        elif not agrees(means, ranked.ranks, config.eft.ties):
-            yields["scores disagree with the human ranking"] += 1
-        else:
-            yields["accepted"] += 1
-            for index, (some, mean) in enumerate(zip(votes, means, strict=True)):
-                vote, score = _nearest(some, mean or Fraction(0))
-                prompt = templates.render(template, ranked.prompt, ranked.replies[index])
-                chosen.append((Example(f"{ranked.id}/{index}", prompt, vote.text, "built"), score))
+            continue  # counted above
+        fate, targets = _targets(votes, ranked.ranks, config.eft.ties)
+        yields[fate] += 1
+        for index, (vote, score) in enumerate(targets):
+            prompt = templates.render(template, ranked.prompt, ranked.replies[index])
+            chosen.append((Example(f"{ranked.id}/{index}", prompt, vote.text, "built"), score))
     if not chosen:
         table = ", ".join(f"{reason}: {count}" for reason, count in sorted(yields.items()))
         raise UserError(
@@ -122,15 +114,11 @@ def build(run: Run) -> dict[str, Any]:
         )
     thinned = thin_most_common([score for _, score in chosen], config.eft.max_share, config.seed)
     examples = [chosen[index][0] for index in thinned.kept]
-    if not examples:
-        raise UserError(
-            f"m1/eft: all {len(chosen)} accepted judgments have the same score ({thinned.before}), so thinning to"
-            f" --config.eft.max_share={config.eft.max_share} leaves none; use --config.eft.source=file"
-        )
     write_records(run.root / "m1" / "eft_train.jsonl", examples)
-    say(_yield_report(len(sets), yields, before_filter, thinned))
+    say(_yield_report(len(sets), yields, judged, thinned, config.eft.max_share))
     return {
-        "examples": len(examples), "sets": dict(yields), "scores_judged": dict(sorted(before_filter.items())),
+        "examples": len(examples), "sets": dict(yields), "judgments": {"sampled": judged.total(), "parsed": _parsed(judged)},
+        "scores_judged": dict(sorted(judged.items())),
         **{
             name: {str(score): count for score, count in some.items()}
             for name, some in (("scores_before", thinned.before), ("scores", thinned.after))
@@ -138,22 +126,60 @@ def build(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _yield_report(sets: int, yields: Counter[str], judged: Counter[str], thinned: Thinned) -> str:
-    """What became of the ranked sets and of the scores: all judgments, those of accepted sets, those kept."""
-    lines = [f"[m1/eft] of {sets} ranked sets"]
+def _targets(
+    votes: Sequence[Sequence[Judgment]], ranks: Sequence[int], ties: str
+) -> tuple[str, list[tuple[Judgment, Fraction]]]:
+    """What becomes of a ranked set, and, if it is accepted, for each reply the judgment to learn and its score.
+
+    Args:
+        votes: the judgments of each reply, at least one.
+        ranks: the human rank of each reply.
+    """
+    means = [mean_score(map(judge.stated_score, some)) for some in votes]
+    targets = [_nearest(some, mean) for some, mean in zip(votes, means, strict=True) if mean is not None]
+    ended = [target for target in targets if target is not None]
+    if len(targets) < len(votes):
+        return "no score for a reply", []
+    if len(ended) < len(votes):  # what was cut off would teach the judge not to end
+        return "no judgment of a reply ended", []
+    if not agrees(means, ranks, ties):
+        return "scores disagree with the human ranking", []
+    if not agrees([score for _, score in ended], ranks, ties):
+        return "mean scores agree with the human ranking, those of the targets do not", []
+    return "accepted", ended
+
+
+def _nearest(votes: Sequence[Judgment], mean: Fraction) -> tuple[Judgment, Fraction] | None:
+    """The judgment that ended and whose score is nearest the mean, with that score; None if none ended."""
+    scored = [(vote, judge.stated_score(vote)) for vote in votes if vote.finish_reason == "stop"]
+    present = [(vote, score) for vote, score in scored if score is not None]
+    return min(present, key=lambda pair: (abs(pair[1] - mean), pair[0].sample), default=None)
+
+
+def _parsed(judged: Counter[str]) -> int:
+    return sum(count for name, count in judged.items() if not name.startswith("none: "))
+
+
+def _yield_report(sets: int, yields: Counter[str], judged: Counter[str], thinned: Thinned, max_share: float) -> str:
+    """What became of the ranked sets, of the judgments, and of the replies of accepted sets: each in its own unit."""
+    lines = [f"[m1/eft] {sets} ranked sets"]
     lines += [f"  {count:>6}  {count / sets:>6.1%}  {reason}" for reason, count in yields.most_common()]
-    lines.append("  score  judged  accepted  kept")
-    names = sorted({*judged, *map(str, thinned.before)})
-    for name in names:
-        after = [{str(score): count for score, count in some.items()} for some in (thinned.before, thinned.after)]
-        lines.append(f"  {name:<5}  {judged[name]:>6}  {after[0].get(name, 0):>8}  {after[1].get(name, 0):>4}")
+    parsed = _parsed(judged)
+    lines.append(f"[m1/eft] {judged.total()} judgments, {parsed} with a score ({parsed / judged.total():.1%})")
+    reasons = {name.removeprefix("none: "): count for name, count in judged.items() if name.startswith("none: ")}
+    lines += [f"  {count:>6}  without: {reason}" for reason, count in sorted(reasons.items())]
+    replies, kept = sum(thinned.before.values()), sum(thinned.after.values())
+    lines.append(f"[m1/eft] {replies} judged replies of accepted sets, {kept} after thinning")
+    lines.append("  score  accepted    kept")
+    lines += [
+        f"  {score!s:<5}  {count:>8}  {thinned.after.get(score, 0):>6}" for score, count in thinned.before.items()
+    ]
+    if thinned.share > Fraction(str(max_share)):
+        lines.append(
+            f"  {len(thinned.before)} distinct scores cannot keep to --config.eft.max_share={max_share}:"
+            " as many of each as of the rarest"
+        )
     return "\n".join(lines)
-
-
-def _nearest(votes: list[Judgment], mean: Fraction) -> tuple[Judgment, Fraction]:
-    scored = [(vote, judge.score_of(vote)) for vote in votes]
-    present = [(vote, score) for vote, score in scored if score is not None and vote.finish_reason == "stop"]
-    return min(present, key=lambda pair: (abs(pair[1] - mean), pair[0].sample))
 
 
 def none(run: Run) -> dict[str, Any]:
