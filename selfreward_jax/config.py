@@ -153,7 +153,7 @@ class EftConfig:
     )
     max_share: float = _f(
         0.4,
-        "largest share of any score after thinning; of n distinct scores never below 1/n",
+        "share that the most common score is thinned to, though never below the next most common",
         _OURS + "the paper says 'not too skewed'",
     )
 

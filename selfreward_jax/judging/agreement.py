@@ -51,13 +51,16 @@ class Thinned:
     Attributes:
         kept: positions, ascending.
         before, after: the count of each score, lowest score first.
-        share: the largest share that a score may have: `max_share`, or 1/n where n distinct scores cannot keep to it.
     """
 
     kept: tuple[int, ...]
     before: dict[Fraction | int, int]
     after: dict[Fraction | int, int]
-    share: Fraction
+
+    @property
+    def share(self) -> float:
+        """Of the score that is most common afterwards."""
+        return max(self.after.values(), default=0) / max(1, len(self.kept))
 
 
 def pairwise(scores: Sequence[Fraction | None], ranks: Sequence[int]) -> PairCounts:
@@ -133,27 +136,24 @@ def against_chance(sets: Sequence[PairCounts], seed: int) -> tuple[float, float,
 
 
 def thin_most_common(scores: Sequence[Fraction | int], max_share: float, seed: int) -> Thinned:
-    """Drops examples of the most common scores at random until no score has more than `max_share` (paper 3.1.1).
+    """Drops examples of the most common score at random until it has no more than `max_share` (paper 3.1.1).
 
-    The paper discards "some of the data that receives the most common score". Where another score is then the most
-    common one and above the share, it is thinned as well: all scores are cut to one height, the greatest at which the
-    share holds, so no more is dropped than needed. Of n distinct scores the most common has at least 1/n: a share
-    below that is taken as 1/n, which leaves as many of each as of the rarest. Raises ValueError unless
-    0 < max_share <= 1.
+    The paper discards "some of the data that receives the most common score", so that score alone is thinned, and not
+    below the next most common: with few or lopsided scores the share can't be had at all, or only by dropping nearly
+    everything (50, 45 and 5 examples hold to 0.4 as 10, 10 and 5). Of two that are equally common the higher is
+    thinned, and is so already. Raises ValueError unless 0 < max_share <= 1.
     """
     if not 0 < max_share <= 1:
         raise ValueError(f"max_share={max_share}: must be above 0 and at most 1")
     before = Counter(scores)
-    share = Fraction(str(max_share))  # as it is written: 0.3 as a float is a little less than 3/10
-    share = max(share, Fraction(1, len(before))) if before else share
-    height = max(before.values(), default=0)
-    while height > share * sum(min(count, height) for count in before.values()):
-        height -= 1
     kept = set(range(len(scores)))
-    draw = random.Random(seed)
-    for common in sorted(before, key=lambda score: (before[score], score), reverse=True):
-        if before[common] > height:
-            holders = [position for position, score in enumerate(scores) if score == common]
-            kept -= set(holders) - set(draw.sample(holders, height))
+    ranked = sorted(((count, score) for score, count in before.items()), reverse=True)
+    (count, common), (second, _) = [*ranked, (0, 0), (0, 0)][:2]
+    share = Fraction(str(max_share))  # as it is written: 0.3 as a float is a little less than 3/10
+    others = len(scores) - count
+    height = count if share == 1 else max(second, int(share * others / (1 - share)))
+    if others and height < count:
+        holders = [position for position, score in enumerate(scores) if score == common]
+        kept -= set(holders) - set(random.Random(seed).sample(holders, height))
     after = Counter(scores[position] for position in kept)
-    return Thinned(tuple(sorted(kept)), dict(sorted(before.items())), dict(sorted(after.items())), share)
+    return Thinned(tuple(sorted(kept)), dict(sorted(before.items())), dict(sorted(after.items())))

@@ -174,11 +174,8 @@ def _yield_report(sets: int, yields: Counter[str], judged: Counter[str], thinned
     lines += [
         f"  {score!s:<5}  {count:>8}  {thinned.after.get(score, 0):>6}" for score, count in thinned.before.items()
     ]
-    if thinned.share > Fraction(str(max_share)):
-        lines.append(
-            f"  {len(thinned.before)} distinct scores cannot keep to --config.eft.max_share={max_share}:"
-            " as many of each as of the rarest"
-        )
+    if thinned.share > max_share:
+        lines.append(f"  the most common has {thinned.share:.1%}: it is not thinned below the next most common")
     return "\n".join(lines)
 
 
