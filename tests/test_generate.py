@@ -28,7 +28,7 @@ def arguments(**changed):
 
 def test_a_file_of_prompts_becomes_a_file_of_answers(tmp_path):
     questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
-    rows = [{"id": "q-a", "prompt": "Why is the sky blue?"}, {"prompt": "word " * 1100}, {"text": "Été — 12 + 3?"}]
+    rows = [{"id": "q-a", "prompt": "Why is the sky blue?"}, {"prompt": "word " * 1600}, {"text": "Été — 12 + 3?"}]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     environment = {
         **os.environ,
@@ -42,7 +42,7 @@ def test_a_file_of_prompts_becomes_a_file_of_answers(tmp_path):
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "skipped 1 of 3 prompts: longer than the context of 1024" in done.stdout
+    assert "skipped 1 of 3 prompts: longer than the context of 1536" in done.stdout
     assert "[generate] 4/4 answers" in done.stdout
     found = [json.loads(line) for line in answers.read_text().splitlines()]
     assert [(row["id"], row["index"]) for row in found] == [("q-a", 0), ("q-a", 1), ("line-3", 0), ("line-3", 1)]
@@ -126,6 +126,6 @@ def test_an_answer_to_one_prompt_is_printed_and_a_full_disk_is_a_line(monkeypatc
 def test_prompts_that_are_all_too_long_give_no_answers_and_read_no_weights(monkeypatch, capsys):
     monkeypatch.setattr(interactive, "use_compilation_cache", lambda folder: None)
     monkeypatch.setattr(interactive, "load_params", lambda *_: pytest.fail("no weights are needed for nothing"))
-    found = list(interactive.answer(arguments(max_new_tokens=1020), [("a", "Why?"), ("b", "How?")]))
+    found = list(interactive.answer(arguments(max_new_tokens=1532), [("a", "Why?"), ("b", "How?")]))
     assert found == []
-    assert "skipped 2 of 2 prompts: longer than the context of 1024" in capsys.readouterr().out
+    assert "skipped 2 of 2 prompts: longer than the context of 1536" in capsys.readouterr().out

@@ -155,6 +155,13 @@ def test_building_eft_without_a_yield_names_the_file_way(run: Run) -> None:
     assert "--config.eft.source=file" in text
 
 
+@pytest.mark.parametrize("run", [{"data__max_length": 300}], indirect=True)
+def test_judge_examples_that_are_all_too_long_are_no_silent_loss(run: Run) -> None:
+    eft.make(run)
+    with pytest.raises(UserError, match=r"m1/eft_train.jsonl: none of its 72 examples is left .*raise --config.data.max_length=300"):
+        train_sft.make(run, "m1", [("seed/ift.jsonl", 1.0), ("m1/eft_train.jsonl", 1.0)])
+
+
 def two_pairs(run: Run) -> None:
     said = [("Why is grass green?", "Chlorophyll.", "It is."), ("Name a sea.", "The Baltic.", "Rome.")]
     from selfreward_jax.data.chat import encode_response

@@ -43,10 +43,15 @@ def make(run: Run, model: str, files: Sequence[tuple[str, float]]) -> dict[str, 
     drops: Counter[str] = Counter()
     for name, weight in files:
         some, dropped = encode(run, read_ours(run.root / name, Example), weight)
+        if dropped and not some:
+            raise UserError(
+                f"[{model}/train] {name}: none of its {sum(dropped.values())} examples is left ({dropped}); raise"
+                f" --config.data.max_length={config.data.max_length}, up to the model's {run.source.config.context}"
+            )
         rows += some
         drops.update(dropped)
     if not rows:
-        raise UserError(f"[{model}/train] no example is left ({dict(drops)}); raise --config.data.max_length")
+        raise UserError(f"[{model}/train] no example in {', '.join(name for name, _ in files)}")
     lengths = [len(row.tokens) for row in rows]
     targets = [len(row.tokens) - row.start for row in rows]
     say(

@@ -242,7 +242,7 @@ def _open_random(source: str, tokenizer: str | None) -> Source:
         kv_heads=2,
         head_dim=16,
         ffn=176,
-        context=1024,
+        context=1536,
         tied=True,
         bos_ids=() if bos is None else (bos,),
         eos_ids=() if eos is None else (eos,),
