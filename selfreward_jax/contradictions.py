@@ -6,6 +6,14 @@ import re
 from typing import Any
 
 
+def fewest_examples(c: Any) -> tuple[int, str]:
+    """IFT examples that the target cannot do without, and what for."""
+    shots = c.prompts.seed_demonstrations + c.prompts.generated_demonstrations
+    if shots > 1 and c.prompts.source == "self_instruct" and c.target not in ("sft", "m1"):
+        return shots, "prompts.seed_demonstrations and prompts.generated_demonstrations, while the pool is empty"
+    return 1, "to train on"
+
+
 def find(c: Any) -> list[str]:
     """A line for each value out of its range and each pair of values that contradict each other; `c` is a `config.Config`."""
     found = []
@@ -56,6 +64,27 @@ def find(c: Any) -> list[str]:
         c.eft.source != "file" or bool(c.eft.file),
         "eft.source=file: name judge examples by --config.eft.file=FILE, or =seed for the packaged ones",
     )
+    for name, value in (("train_sets", c.eft.train_sets), ("eval_sets", c.eft.eval_sets)):
+        need(value >= -1, f"eft.{name}={value}: at least 0, or -1 for all that are left")
+    need(
+        c.eft.source != "build" or c.eft.train_sets != 0,
+        "eft.train_sets=0: eft.source=build judges ranked sets; -1 takes all that are left",
+    )
+    need(
+        c.eft.source != "build" or c.eft.eval_sets != -1,
+        "eft.eval_sets=-1: takes all ranked sets, so eft.source=build is left without; give a number",
+    )
+    # Sets for building are set aside without judge data too (stages/seed.py); of data.ift none asks a set's question.
+    shared = c.eft.source in ("build", "none") and c.data.oasst != "none" and not c.data.ift
+    need(
+        not (shared and c.data.ift_examples == c.eft.train_sets == -1),
+        "data.ift_examples=-1: takes all that eft.train_sets=-1 leaves, which takes all that IFT leaves; give one a number",
+    )
+    fewest, purpose = fewest_examples(c)
+    need(
+        c.data.ift_examples == -1 or c.data.ift_examples >= fewest,
+        f"data.ift_examples={c.data.ift_examples}: at least {fewest} ({purpose}), or -1 for all",
+    )
     need(c.eft.ties in ("strict", "lenient"), f"eft.ties={c.eft.ties}: strict or lenient")
     need(c.data.oasst != "none" or bool(c.data.ift), "data.oasst=none: name instruction rows by --config.data.ift")
     need(
@@ -66,10 +95,13 @@ def find(c: Any) -> list[str]:
     need(0 < c.eft.max_share <= 1, f"eft.max_share={c.eft.max_share}: in (0, 1]")
     need(c.prompts.top_up in ("none", "seed"), f"prompts.top_up={c.prompts.top_up}: none or seed")
     need(c.prompts.normalise in ("chat", "faithful"), f"prompts.normalise={c.prompts.normalise}: chat or faithful")
+    shots = (c.prompts.seed_demonstrations, c.prompts.generated_demonstrations)
     need(
-        c.prompts.seed_demonstrations + c.prompts.generated_demonstrations >= 1,
-        "prompts.seed_demonstrations: at least one demonstration",
+        min(shots) >= 0 and sum(shots) >= 1,
+        f"prompts.seed_demonstrations={shots[0]}, prompts.generated_demonstrations={shots[1]}: not negative, and"
+        " together at least 1",
     )
+    need(0 < c.prompts.similarity <= 1, f"prompts.similarity={c.prompts.similarity}: in (0, 1]")
     need(c.prompts.requests >= 1, "prompts.requests: at least 1")
     for name, values in (
         ("num_prompts", c.aift.num_prompts), ("max_pairs", c.aift.max_pairs),

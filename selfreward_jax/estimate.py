@@ -19,6 +19,8 @@ from selfreward_jax.errors import UserError
 TRAINING_BYTES = 20
 # Share of the matmul rate that decoding and training reach; measured for a 135M model on one CPU core: 37-38 %.
 EFFICIENCY = 0.35
+# Ranked sets that are counted for eft.train_sets=-1, as many as there are: a guess before the data are read.
+SETS_GUESSED = 2000
 
 
 def memory_here() -> int:
@@ -94,7 +96,8 @@ def generations(config: Config) -> dict[str, tuple[int, int]]:
     check_votes = (config.check.prompts + held_out) * config.check.k
     for model in models(config.target):
         if model == "m1" and config.eft.source == "build":
-            judged = 3 * max(0, config.eft.train_sets) * config.eft.k
+            sets = SETS_GUESSED if config.eft.train_sets == -1 else config.eft.train_sets
+            judged = 3 * sets * config.eft.k
             out["m1/eft"] = (judged, judged * config.judge.max_new_tokens)
         if model not in ("sft", "m1"):
             wanted = of_model(config.aift.num_prompts, model)
@@ -158,6 +161,8 @@ def table(config: Config, root: epath.Path, stages: list[str], parameters: int) 
             f"{name:<16} {what:<22} {'done' if done else f'about {flops / rate:,.0f} s' if flops else ''}".rstrip()
         )
     width = {"float32": 4, "bfloat16": 2}[config.model.param_dtype]
+    if "m1/eft" in counts and config.eft.train_sets == -1:
+        lines.append(f"eft.train_sets=-1: counted as {SETS_GUESSED:,} ranked sets, a guess; the data decide")
     lines += [
         f"generations {sum(some for some, _ in counts.values()):,}",
         f"time about {total / 60:,.0f} min at {rate / 1e9:,.0f} GFLOP/s (a matmul timed here x {EFFICIENCY}; a guess, not a measurement)",

@@ -99,11 +99,22 @@ def test_a_field_of_the_wrong_type_makes_no_contradiction_of_its_own():
         ("dpo.reference", "none", "cached or live"),
         ("eft.source", "web", "build, file or none"),
         ("eft.file", "", "name judge examples by --config.eft.file=FILE"),
+        ("eft.source", "build", "eft.train_sets=0: eft.source=build judges ranked sets"),
+        ("eft.train_sets", -2, "at least 0, or -1"),
+        ("eft.eval_sets", -2, "at least 0, or -1"),
+        ("data.ift_examples", 7, "at least 8 (prompts.seed_demonstrations and prompts.generated_demonstrations"),
+        ("data.ift_examples", 0, "at least 8"),
+        ("data.ift_examples", -2, "or -1 for all"),
         ("eft.k", 0, "at least 1"),
         ("eft.max_share", 0.0, "in (0, 1]"),
         ("prompts.top_up", "all", "none or seed"),
         ("prompts.normalise", "no", "chat or faithful"),
         ("prompts.requests", 0, "at least 1"),
+        ("prompts.seed_demonstrations", -1, "not negative, and together at least 1"),
+        ("prompts.generated_demonstrations", -1, "not negative, and together at least 1"),
+        ("prompts.similarity", 0.0, "in (0, 1]"),
+        ("prompts.similarity", 1.5, "in (0, 1]"),
+        ("prompts.similarity", -0.7, "in (0, 1]"),
         ("aift.num_prompts", (8, 0), "at least 1"),
         ("aift.num_prompts", (), "at least one value"),
         ("aift.max_pairs", (-1,), "not negative"),
@@ -181,6 +192,31 @@ def test_without_ranked_replies_instruction_rows_and_another_way_to_judge_data_a
     assert changed(data={"oasst": "none", "ift": "mine.jsonl"}, eft={"eval_sets": 0}).data.ift == "mine.jsonl"
 
 
+def test_ift_and_eft_cannot_both_take_what_the_other_leaves():
+    for source in ("build", "none"):
+        both = {"data": {"ift_examples": -1}, "eft": {"source": source, "train_sets": -1}}
+        (line,) = lines_of(lambda both=both: changed(**both))
+        assert line.startswith("--config.data.ift_examples=-1: ") and "eft.train_sets=-1" in line
+    changed(data={"ift_examples": -1}, eft={"source": "build", "train_sets": 3})
+    changed(data={"ift_examples": 16}, eft={"source": "build", "train_sets": -1})
+    changed(data={"ift_examples": -1}, eft={"source": "file", "train_sets": -1})
+    changed(data={"ift_examples": -1, "ift": "mine.jsonl"}, eft={"source": "build", "train_sets": -1})
+
+
+def test_building_eft_needs_ranked_sets_beside_those_for_evaluation():
+    (line,) = lines_of(lambda: changed(eft={"source": "build", "train_sets": 3, "eval_sets": -1}))
+    assert line.startswith("--config.eft.eval_sets=-1: ")
+
+
+def test_ift_needs_no_demonstrations_where_nobody_asks_for_prompts():
+    few = {"data": {"ift_examples": 1}}
+    assert changed(target="m1", **few).data.ift_examples == 1
+    assert changed(**few, prompts={"source": "mine.jsonl"}).data.ift_examples == 1
+    assert changed(**few, prompts={"seed_demonstrations": 1, "generated_demonstrations": 0}).data.ift_examples == 1
+    (line,) = lines_of(lambda: changed(target="sft", data={"ift_examples": 0}))
+    assert line == "--config.data.ift_examples=0: at least 1 (to train on), or -1 for all"
+
+
 def test_a_tuple_has_a_value_a_model_and_its_last_goes_on():
     assert [configs.of_model((3964, 6942), model) for model in ("m2", "m3", "m4", "m9")] == [3964, 6942, 6942, 6942]
     assert changed(aift={"num_prompts": [4, 5], "length_control": (0, 0.1)}).aift.length_control == (0.0, 0.1)
@@ -244,6 +280,7 @@ PAPER_ELSEWHERE = {
     "data.ift_examples": 3200,
     "data.lang": "en",
     "eft.source": "build",
+    "eft.train_sets": -1,
     "judge.template": "additive",
     "judge.low": 0,
     "judge.high": 5,

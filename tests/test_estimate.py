@@ -33,6 +33,17 @@ def test_generations_of_the_paper_are_those_of_its_loop():
     assert {name.split("/")[0] for name in counts} == {"sft", "m1", "m2", "m3"}
 
 
+def test_sets_that_the_data_decide_are_guessed_and_the_dry_run_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(estimate, "matmul_rate", lambda dtype: 1e11)
+    few = config_of("m1", eft={"source": "build", "train_sets": 7})
+    assert estimate.generations(few)["m1/eft"][0] == 3 * 7
+    rest = config_of("m1", eft={"source": "build", "train_sets": -1})
+    assert estimate.generations(rest)["m1/eft"][0] == 3 * 2000
+    counted, guessed = (estimate.table(some, epath.Path(tmp_path), ["m1/eft"], 1000) for some in (few, rest))
+    assert "eft.train_sets=-1: counted as 2,000 ranked sets, a guess; the data decide" in guessed
+    assert len(counted) == len(guessed) - 1
+
+
 def test_generations_of_the_demo_count_the_held_out_judge_examples_and_no_building_of_eft():
     demo = config_of("m3", "demo")
     counts = estimate.generations(demo)

@@ -61,7 +61,7 @@ def test_the_target_is_a_loop() -> None:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "the paper": {},
-    "built": {"eft__source": "build"},
+    "built": {"eft__source": "build", "eft__train_sets": 2},
     "A.3": {"eft__source": "none"},
     "A.4": {"aift__method": "positives"},
     "A.5": {"prompts__model": "current"},
@@ -267,12 +267,12 @@ def test_new_prompts_keep_clear_of_evaluation_prompts(run: Run, tmp_path: Path) 
     assert index.is_similar(ours[0]) and not index.is_similar("Name three seas that freeze in winter.")
 
 
-@pytest.mark.parametrize("run", [{"data__ift_examples": 2, "eft__eval_sets": 2}], indirect=True)
+@pytest.mark.parametrize("run", [{"data__ift_examples": 8, "eft__eval_sets": 2}], indirect=True)
 def test_own_instructions_replace_the_best_replies_and_never_meet_a_ranked_set(run: Run, tmp_path: Path) -> None:
     import dataclasses
 
     ranked = read_records(run.root / "seed" / "eft_eval_sets.jsonl", RankedSet)[0]
-    rows = [{"instruction": f"Say {word}.", "input": "", "output": word} for word in ("one", "two", "three")]
+    rows = [{"instruction": f"Say {n}.", "input": "", "output": str(n)} for n in range(9)]
     rows.append({"instruction": ranked.prompt.upper(), "input": "", "output": "?"})
     file = tmp_path / "alpaca.json"
     file.write_text(json.dumps(rows))
@@ -281,7 +281,7 @@ def test_own_instructions_replace_the_best_replies_and_never_meet_a_ranked_set(r
     from selfreward_jax.data.records import Example
 
     ift = read_records(run.root / "seed" / "ift.jsonl", Example)
-    assert len(ift) == 2 and all(example.prompt.startswith("Say ") for example in ift)
+    assert len(ift) == 8 and all(example.prompt.startswith("Say ") for example in ift)
     assert facts["rest"] == 1 and facts["drops"]["ift_prompt_of_a_ranked_set"] == 1
 
 

@@ -33,6 +33,7 @@ SPAM = 0.5  # a message is out when this share of its reviewers called it spam
 ALL = -1  # in `split`: as many as there are
 
 T = TypeVar("T")
+P = TypeVar("P", Example, RankedSet)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,41 +194,40 @@ def _add_set(
 
 
 def split(seed_data: Seed, n_ift: int, n_eval: int, n_eft_train: int, seed: int) -> Split:
-    """Divides the prompts: ranked sets for EFT evaluation, then for EFT training, then examples for IFT.
+    """Divides the prompts: ranked sets for EFT evaluation, then examples for IFT, then ranked sets for EFT training.
 
-    Sizes count prompts; -1 takes all that is left at that point. Each part is the head of one seeded order
-    over ids, the same on every machine, so changing `n_ift` moves no set. Raises UserError, naming the
-    options to lower, when more is asked for than there is.
+    Sizes count prompts; -1 takes all that is left at that point. An `n_ift` of -1 takes its turn after EFT training,
+    which it would leave nothing. Each part is the head of one seeded order over ids, the same on every machine, so
+    no size moves a part that is claimed before it: evaluation sets never move. Raises UserError, naming the options
+    to lower, when more is asked for than there is.
     """
     problems: list[str] = []
 
-    def size(option: str, asked: int, available: int, what: str) -> int:
-        if asked == ALL:
-            return available
-        if asked < 0:
-            problems.append(f"{option}={asked}: must be -1 (all) or at least 0")
-        elif asked > available:
-            problems.append(f"{option}={asked}: there are {available} {what}; lower {option} or set it to -1 (all)")
-        return min(max(asked, 0), available)
+    def head(items: list[T], option: str, asked: int, what: str) -> list[T]:
+        if asked > len(items):
+            problems.append(f"{option}={asked}: there are {len(items)} {what}; lower {option} or set it to -1 (all)")
+        return items if asked == ALL else items[:asked]
 
     sets = _shuffled(seed_data.sets, lambda item: item.id, f"sets {seed}")
-    eval_end = size("eft.eval_sets", n_eval, len(sets), "ranked sets")
-    after_eval = len(sets) - eval_end
-    train_end = eval_end + size(
-        "eft.train_sets", n_eft_train, after_eval, f"ranked sets after the {eval_end} for evaluation"
-    )
-    taken = {item.id for item in sets[:train_end]}
-    free = [example for example in seed_data.examples if example.id not in taken]
-    examples = _shuffled(free, lambda item: item.id, f"examples {seed}")
-    ift_end = size("data.ift_examples", n_ift, len(examples), f"examples after the {train_end} sets for EFT")
+    examples = _shuffled(seed_data.examples, lambda item: item.id, f"examples {seed}")
+    evaluation = head(sets, "eft.eval_sets", n_eval, "ranked sets")
+    sets, examples = _without(sets, evaluation), _without(examples, evaluation)
+    beside = f"beside {len(evaluation)} sets for evaluation"
+    ift = [] if n_ift == ALL else head(examples, "data.ift_examples", n_ift, f"examples {beside}")
+    beside += f" and {len(ift)} examples for IFT"
+    train = head(_without(sets, ift), "eft.train_sets", n_eft_train, f"ranked sets {beside}")
+    rest = _without(examples, [*ift, *train])
+    if n_ift == ALL:
+        ift, rest = rest, []
     if problems:
         raise UserError(*problems)
-    return Split(
-        ift=tuple(examples[:ift_end]),
-        eft_train=tuple(sets[eval_end:train_end]),
-        eft_eval=tuple(sets[:eval_end]),
-        rest=tuple(examples[ift_end:]),
-    )
+    return Split(tuple(ift), tuple(train), tuple(evaluation), tuple(rest))
+
+
+def _without(items: Sequence[P], others: Iterable[Example | RankedSet]) -> list[P]:
+    """The items that ask none of the others' questions: by their words, as ids of two files may meet by chance."""
+    asked = {words_of(other.prompt) for other in others}
+    return [item for item in items if words_of(item.prompt) not in asked]
 
 
 def _shuffled(items: Iterable[T], id_of: Callable[[T], str], salt: str) -> list[T]:
