@@ -61,7 +61,7 @@ def check_inputs(config: Config) -> None:
     attempt(templates.load, judge.template, judge.low, judge.high)
     if judge.endpoint_model:
         attempt(open_endpoint, judge.model, judge.endpoint_model)
-    if config.eft.source != "build" and config.eft.file:
+    if config.eft.file:
         attempt(judge_rows, config.eft.file, judge.low, judge.high)
     if config.prompts.source != "self_instruct":
         attempt(prompt_texts, config.prompts.source, "")

@@ -118,8 +118,8 @@ def held_out_sets(rows: list[dict[str, Any]]) -> list[RankedSet]:
 
 
 def measuring_sets(eft: EftConfig, low: int, high: int) -> list[RankedSet]:
-    """The held-out sets of `eft.file`; none beside EFT that is built, which human-ranked sets alone measure."""
-    return held_out_sets(judge_rows(eft.file, low, high)) if eft.source != "build" and eft.file else []
+    """The held-out sets of `eft.file`, if one is named, whatever `eft.source`: judges of all sources are compared."""
+    return held_out_sets(judge_rows(eft.file, low, high)) if eft.file else []
 
 
 def prompt_texts(file: str, default: str) -> list[tuple[str, str]]:
