@@ -24,6 +24,7 @@ from selfreward_jax.observe.progress import say
 from selfreward_jax.run import Run, open_fixed
 from selfreward_jax.sharding.mesh import make_mesh
 from selfreward_jax.sharding.rules import check_divides
+from selfreward_jax.stages.seed import check_files
 from selfreward_jax.weights.fetch import cache_folder
 from selfreward_jax.weights.source import open_source
 
@@ -47,7 +48,7 @@ def check_inputs(config: Config) -> None:
     """Reads what the user named and only a late stage needs: now, not after hours of training.
 
     Raises:
-        UserError: all that is wrong with the judge prompt, the endpoint, and files of prompts and judge examples.
+        UserError: all that is wrong with the judge prompt, the endpoint, and files of seed data, prompts and judge examples.
     """
     problems: list[str] = []
 
@@ -57,6 +58,7 @@ def check_inputs(config: Config) -> None:
         except UserError as error:
             problems.extend(error.args)
 
+    attempt(check_files, config.data)
     judge = config.judge
     attempt(templates.load, judge.template, judge.low, judge.high)
     if judge.endpoint_model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
@@ -23,19 +24,24 @@ def packaged(name: str) -> epath.Path:
     return epath.Path(str(resources.files("selfreward_jax") / "data" / "seed" / name))
 
 
+def on_hub(name: str) -> bool:
+    """Whether a name is "owner/name" or "owner/name:split" of the hub: an existing file wins, and a file's ending."""
+    named = _HUB_NAME.fullmatch(name) is not None
+    return named and not name.endswith(_FILE_ENDINGS) and not epath.Path(name).exists()
+
+
 def rows_of(name: str, option: str) -> Rows:
     """The rows that a user's option names: a file (see rows.py), or a hub data set, with a network.
 
     Args:
-        name: a file, "owner/name" (its train split) or "owner/name:split". An existing file wins, and what ends as a
-            data file is one.
+        name: a file, "owner/name" (its train split) or "owner/name:split"; `on_hub` tells which.
         option: the option that named it, as errors spell it: "--config.data.ift".
 
     Raises:
         UserError: as `hub_rows` and `rows.read_rows` do.
     """
     found = _HUB_NAME.fullmatch(name)
-    if found and not name.endswith(_FILE_ENDINGS) and not epath.Path(name).exists():
+    if found and on_hub(name):
         return hub_rows(found[1], option, found[2] or "train")
     return read_rows(name)
 
@@ -44,25 +50,52 @@ def hub_rows(name: str, option: str, split: str = "train") -> Rows:
     """Rows of one split of a hub data set as (row number from 1, row), as a file of them would read.
 
     Raises:
-        UserError: one line, which says how to give a file instead: without a connection, without such a data set or
-            split, and for a split without rows.
+        UserError: one line: why there are none (no login, no connection, no such data set or split, a proxy's page,
+            a split without rows), what to do about it, and how to give a file instead.
     """
     import datasets  # takes a second to import, and most runs read files
-    from datasets.exceptions import DatasetsError
 
     instead = f"to read a file instead, give {option}=FILE (jsonl, json, gz or parquet)"
     try:
         loaded: Any = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        what = (
-            "no connection to the hub" if isinstance(error, ConnectionError) else f"the hub gave no split '{split}'"
-        )
-        raise UserError(f"{option}={name}: {what} ({reason}); {instead}") from error
+    except Exception as error:  # of three libraries and their HTTP client, which share no class; the cause is chained
+        raise UserError(f"{option}={name}: {_trouble(error, split)}; {instead}") from error
     rows = [(number, plain(row)) for number, row in enumerate(loaded, start=1)]
     if not rows:
         raise UserError(f"{option}={name}: split '{split}' of this data set is empty; {instead}")
     return rows
+
+
+def _trouble(error: BaseException, split: str) -> str:
+    """What a failure of the hub means and what to do, by the first error of its chain that tells."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+
+    def called(*names: str) -> Callable[[BaseException], bool]:
+        return lambda some: type(some).__name__ in names
+
+    def status(some: BaseException) -> int:
+        return getattr(getattr(some, "response", None), "status_code", None) or 0
+
+    login = "log in by `hf auth login`"
+    offline = called("ConnectError", "ConnectTimeout", "ReadTimeout", "ProxyError")
+    kinds: tuple[tuple[Callable[[BaseException], bool], str, str], ...] = (
+        (lambda some: status(some) in (401, 403) or "gated dataset" in str(some),
+         "the hub shows it to a login only", f"{login} with an account that may read it"),
+        (called("FileMetadataError", "JSONDecodeError"),
+         "what answered is not the hub", "a proxy's page? See to the proxy and to HF_ENDPOINT"),
+        (lambda some: status(some) >= 500, "the hub failed", "try again later"),
+        (lambda some: isinstance(some, (ConnectionError, TimeoutError)) or offline(some),
+         "no connection to the hub", ""),
+        (called("DatasetNotFoundError"), "the hub has no such data set, or shows it to a login only",
+         f"check the name, or {login}"),
+        (lambda some: isinstance(some, ValueError) and "split" in str(some), f"it has no split '{split}'", ""),
+    )  # fmt: skip
+    found = ((some, what, to_do) for tells, what, to_do in kinds for some in chain if tells(some))
+    some, what, to_do = next(found, (error, "the hub's data set cannot be read", ""))
+    reason = (str(some).strip() or type(some).__name__).splitlines()[0]
+    return f"{what} ({reason})" + (f"; {to_do}" if to_do else "")
 
 
 def judge_rows(file: str, low: int, high: int) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from selfreward_jax.config import Config, DataConfig
 from selfreward_jax.contradictions import fewest_examples
 from selfreward_jax.data import layouts, oasst
 from selfreward_jax.data.records import Example, RankedSet
-from selfreward_jax.data.seeds import measuring_sets, packaged, rows_of
+from selfreward_jax.data.seeds import measuring_sets, on_hub, packaged, rows_of
 from selfreward_jax.errors import UserError
 from selfreward_jax.observe.progress import say
 from selfreward_jax.run import Run, write_records
@@ -27,6 +27,25 @@ def load(data: DataConfig, seed: int) -> oasst.Seed:
         return oasst.load(packaged("trees.jsonl"), data.lang, data.drop_synthetic, seed)
     rows = rows_of(data.oasst, "--config.data.oasst")
     return oasst.from_rows(rows, data.oasst, data.lang, data.drop_synthetic, seed)
+
+
+def check_files(data: DataConfig) -> None:
+    """Reads the files that `data.oasst` and `data.ift` name, for a check at the start; the hub is left to the stage.
+
+    Raises:
+        UserError: all that is wrong with both.
+    """
+    problems: list[str] = []
+    conversations = (data.oasst, lambda: load(data, 0))
+    instructions = (data.ift, lambda: layouts.read_examples(data.ift, "--config.data.ift"))
+    for name, read in (conversations, instructions):
+        try:
+            if name and not on_hub(name):
+                read()
+        except UserError as error:
+            problems.extend(error.args)
+    if problems:
+        raise UserError(*problems)
 
 
 def with_own_examples(data: DataConfig, loaded: oasst.Seed) -> oasst.Seed:

@@ -1,6 +1,9 @@
 """Judge examples and prompts from files: what is read, and every line that is wrong."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
@@ -218,7 +221,25 @@ def test_rows_of_the_hub_are_numbered_and_plain(hub):
     assert asked == [("org/name", "train"), ("org/name", "validation")]
 
 
-# What the real one raises, from a machine without a network and for names that are not there.
+class HTTPError(Exception):
+    """As the hub's client raises it: an HTTP library's error, no OSError, which carries the answer."""
+
+    def __init__(self, status):
+        super().__init__(f"Client error '{status}' for url 'https://hub/datasets/org/name'\nFor more information see")
+        self.response = SimpleNamespace(status_code=status)
+
+
+def of(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+ANSWER = "Client error '{}' for url 'https://hub/datasets/org/name'"
+LOGIN = "log in by `hf auth login`"
+HIDDEN = "the hub has no such data set, or shows it to a login only"
+
+
+# What the real one raises: without a network, without a login, behind a proxy, for names that are not there.
 @pytest.mark.parametrize(
     ("error", "says"),
     [
@@ -226,23 +247,48 @@ def test_rows_of_the_hub_are_numbered_and_plain(hub):
             ConnectionError("Couldn't reach 'org/name' on the Hub (LocalEntryNotFoundError)"),
             "no connection to the hub (Couldn't reach 'org/name' on the Hub (LocalEntryNotFoundError))",
         ),
+        (type("ProxyError", (Exception,), {})("407"), "no connection to the hub (407)"),
+        (
+            HTTPError(401),
+            f"the hub shows it to a login only ({ANSWER.format(401)}); {LOGIN} with an account that may read it",
+        ),
+        (
+            of(FileNotFoundError("not in the cache either"), HTTPError(403)),
+            f"the hub shows it to a login only ({ANSWER.format(403)}); {LOGIN} with an account that may read it",
+        ),
+        (
+            DatasetNotFoundError(
+                "Dataset 'org/name' is a gated dataset on the Hub. You must be authenticated to access it."
+            ),
+            "the hub shows it to a login only (Dataset 'org/name' is a gated dataset on the Hub. You must be authenticated"
+            f" to access it.); {LOGIN} with an account that may read it",
+        ),
         (
             DatasetNotFoundError("Dataset 'org/name' doesn't exist on the Hub or cannot be accessed."),
-            "the hub gave no split 'train' (Dataset 'org/name' doesn't exist on the Hub or cannot be accessed.)",
+            f"{HIDDEN} (Dataset 'org/name' doesn't exist on the Hub or cannot be accessed.); check the name, or {LOGIN}",
+        ),
+        (of(OSError("no"), HTTPError(503)), f"the hub failed ({ANSWER.format(503)}); try again later"),
+        (
+            json.JSONDecodeError("Expecting value", "<html>", 0),
+            "what answered is not the hub (Expecting value: line 1 column 1 (char 0)); a proxy's page? See to the proxy"
+            " and to HF_ENDPOINT",
         ),
         (
             ValueError("Unknown split \"train\". Should be one of ['test'].\nmore"),
-            "the hub gave no split 'train' (Unknown split \"train\". Should be one of ['test'].)",
+            "it has no split 'train' (Unknown split \"train\". Should be one of ['test'].)",
         ),
         (
             RuntimeError("Dataset scripts are no longer supported, but found name.py"),
-            "the hub gave no split 'train' (Dataset scripts are no longer supported, but found name.py)",
+            "the hub's data set cannot be read (Dataset scripts are no longer supported, but found name.py)",
         ),
-        (DatasetGenerationError(), "the hub gave no split 'train' (DatasetGenerationError)"),
-        (PermissionError(13, "Permission denied"), "the hub gave no split 'train' ([Errno 13] Permission denied)"),
+        (DatasetGenerationError(), "the hub's data set cannot be read (DatasetGenerationError)"),
+        (
+            PermissionError(13, "Permission denied"),
+            "the hub's data set cannot be read ([Errno 13] Permission denied)",
+        ),
     ],
 )
-def test_a_hub_that_fails_is_one_line_that_offers_a_file(hub, error, says):
+def test_a_hub_that_fails_is_one_line_that_says_why_and_offers_a_file(hub, error, says):
     def load_dataset(name, split):
         raise error
 
@@ -250,6 +296,53 @@ def test_a_hub_that_fails_is_one_line_that_offers_a_file(hub, error, says):
     assert lines_of(lambda: hub_rows("org/name", "--config.data.ift")) == [
         f"--config.data.ift=org/name: {says}; {INSTEAD}"
     ]
+
+
+@pytest.fixture
+def answering(tmp_path, monkeypatch):
+    """`answering(status, body)`: the hub that the real loader asks is a server here, which gives all this answer."""
+    servers = []
+
+    def start(status, body):
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self):
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+
+            def do_GET(self):
+                self.do_HEAD()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", f"http://127.0.0.1:{servers[-1].server_port}")
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "says"),
+    [
+        (401, b'{"error": "Invalid username or password."}', ("the hub shows it to a login only (", LOGIN)),
+        (200, b"<html>Log in to the proxy</html>", ("what answered is not the hub (", "See to the proxy")),
+    ],
+)
+def test_the_real_loader_without_a_login_and_behind_a_proxy(answering, status, body, says):
+    answering(status, body)
+    (line,) = lines_of(lambda: hub_rows("org/name", "--config.data.ift"))
+    assert line.startswith(f"--config.data.ift=org/name: {says[0]}") and says[1] in line and line.endswith(INSTEAD)
 
 
 def test_an_empty_answer_of_the_hub_is_one_line(hub):
@@ -274,7 +367,7 @@ def test_the_real_loader_reads_a_folder_of_parquet(tmp_path, cache):
     pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
     assert hub_rows(str(folder), "--config.data.oasst") == list(enumerate(rows, start=1))
     (line,) = lines_of(lambda: hub_rows(str(folder), "--config.data.oasst", "test"))
-    assert line.startswith(f"--config.data.oasst={folder}: the hub gave no split 'test' (")
+    assert line.startswith(f"--config.data.oasst={folder}: it has no split 'test' (")
 
 
 def test_the_real_loader_without_a_network(cache, monkeypatch):

@@ -3,10 +3,11 @@
 import json
 from types import SimpleNamespace
 
+import datasets
 import pytest
 from etils import epath
 
-from selfreward_jax import presets
+from selfreward_jax import launch, presets
 from selfreward_jax.config import from_config_dict
 from selfreward_jax.errors import UserError
 from selfreward_jax.stages import seed
@@ -130,3 +131,28 @@ def test_fewer_instructions_than_a_request_takes_are_said_before_anything_is_tra
     split_of(tmp_path, target="m1", data=data)
     split_of(tmp_path, target="m2", data=data, prompts={"generated_demonstrations": 1})
     split_of(tmp_path, target="m2", data=data, prompts={"source": "some.jsonl"})
+
+
+def test_bad_files_of_seed_data_are_said_at_start_with_the_others(tmp_path):
+    broken, odd = tmp_path / "trees.jsonl", tmp_path / "odd.json"
+    broken.write_text('{"prompt": 3}\n{not json\n')
+    odd.write_text('[{"question": "Why?"}]')
+    raw = presets.get("m3", "tiny")
+    raw.data.oasst, raw.data.ift, raw.data.validation = str(broken), str(odd), str(tmp_path / "none.jsonl")
+    with pytest.raises(UserError) as caught:
+        launch.check_inputs(from_config_dict(raw))
+    said = "\n".join(caught.value.args)
+    for part in (f"{broken}:2: not JSON", f"{odd}:1: no known layout", "none.jsonl: no such file"):
+        assert part in said
+    raw.data.oasst, raw.data.ift, raw.data.validation = "gone.jsonl", str(tmp_path / "gone.parquet"), ""
+    with pytest.raises(UserError) as caught:
+        launch.check_inputs(from_config_dict(raw))
+    assert caught.value.args == ("gone.jsonl: no such file", f"{tmp_path}/gone.parquet: no such file")
+
+
+def test_the_start_asks_no_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
+    raw = presets.get("m3", "llama2_70b")
+    raw.data.ift = "org/name:validation"
+    launch.check_inputs(from_config_dict(raw))
