@@ -94,6 +94,13 @@ class Chat:
         starts = "".join(sorted({re.escape(name[0]) for name in self._names}))
         return re.compile(f"[{starts}]") if starts else None
 
+    @functools.cached_property
+    def _opening(self) -> list[int]:
+        """Ids that the tokenizer puts before a text: what stands there before one whose own ids are known."""
+        alone = self.tokenizer("a", add_special_tokens=False).input_ids
+        whole = self.tokenizer("a").input_ids
+        return next((whole[:at] for at in range(len(whole)) if whole[at : at + len(alone)] == alone), [])
+
     def _name_control(self, text: str) -> str:
         """Translates the control tokens that a template wrote, then takes off the marks of kept text."""
         named = self._control.sub(lambda found: self._names[found[0]], text) if self._control else text
@@ -275,6 +282,12 @@ def encode_example(chat: Chat, prompt: str | Messages, response: str) -> tuple[l
 def encode_text(chat: Chat, text: str) -> list[int]:
     """Ids of plain text: no BOS, no template, and no control token whatever the text spells."""
     return chat._ids(_clean(text))
+
+
+def encode_opening(chat: Chat, text: str) -> list[int]:
+    """Ids of a text for a model to go on with, without a template: as the tokenizer opens a text (BOS once, where it
+    has one; Llama 2 never saw a text without), then those of `encode_text`."""
+    return [*chat._opening, *encode_text(chat, text)]
 
 
 def decode(chat: Chat, ids: Sequence[int]) -> str:

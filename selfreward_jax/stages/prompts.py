@@ -18,7 +18,7 @@ from etils import epath
 
 from selfreward_jax import workdir
 from selfreward_jax.config import of_model
-from selfreward_jax.data.chat import Chat, decode, encode_prompt, encode_text
+from selfreward_jax.data.chat import Chat, decode, encode_opening, encode_prompt
 from selfreward_jax.data.records import Example, Prompt, read_records
 from selfreward_jax.data.seeds import evaluation_texts, packaged, prompt_texts
 from selfreward_jax.errors import UserError
@@ -177,7 +177,7 @@ def _ask(
         key = number * config.requests + i
         rng = random.Random(f"{run.config.seed}/{label}/{key}")
         shots = pick_demonstrations(seeds, pool, rng, config.seed_demonstrations, config.generated_demonstrations)
-        ids = encode_text(chat, build_request(shots))
+        ids = encode_opening(chat, build_request(shots))
         if fits(model.config, ids, how.max_new_tokens):
             requests.append(engines.Request(tuple(ids), (key,)))
     texts: list[str] = []

@@ -182,6 +182,41 @@ def test_what_no_tokenizer_takes_becomes_a_replacement_character():
     assert chats.decode(chat, chats.encode_text(chat, "\ud83d\ude00 \ud83d \ufdd0")) == "😀 \ufffd \ufffd"
 
 
+@pytest.mark.parametrize("text", [*ORDINARY, "Come up with a series of tasks:\n1. What is this?\n2."])
+def test_a_raw_text_opens_as_the_tokenizer_opens_one(text):
+    for bos in (True, False):
+        tokenizer = byte_level(SMOLLM2, opens_with_bos=bos)
+        ids = chats.encode_opening(chats.load_chat(tokenizer), text)
+        assert ids == tokenizer(text).input_ids
+        assert ids.count(tokenizer.bos_token_id) == bos
+
+
+@pytest.mark.parametrize("scheme", ["legacy", "first", "always"])
+def test_a_raw_text_opens_with_llama2s_bos_once(scheme):
+    tokenizer = metaspace(scheme)
+    single, pair = "<s> $A", "<s> $A <s> $B"
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=[("<s>", bos)])
+    ids = chats.encode_opening(chats.load_chat(tokenizer, "llama2"), "what is this?")
+    assert ids == tokenizer("what is this?").input_ids
+    assert (ids[0], ids.count(bos)) == (bos, 1)
+
+
+def test_a_tokenizer_that_also_ends_texts_only_opens_a_raw_one():
+    tokenizer = byte_level(SMOLLM2)
+    tokens = [("<s>", 0), ("</s>", 1)]
+    closed = TemplateProcessing(single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=tokens)
+    tokenizer.backend_tokenizer.post_processor = closed
+    assert chats.encode_opening(chats.load_chat(tokenizer), "The cat") == tokenizer("The cat").input_ids[:-1]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_bos_is_all_that_a_raw_text_has_of_control_tokens(text):
+    tokenizer = byte_level(SMOLLM2, opens_with_bos=True)
+    ids = chats.encode_opening(chats.load_chat(tokenizer), text)
+    assert [number for number in ids if number in tokenizer.added_tokens_decoder] == [tokenizer.bos_token_id]
+
+
 @pytest.mark.parametrize("scheme", ["legacy", "first", "always"])
 def test_llama2_chat_with_a_sentencepiece_like_tokenizer(scheme):
     tokenizer = metaspace(scheme)
