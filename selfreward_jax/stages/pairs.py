@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections import Counter
 from fractions import Fraction
 from typing import Any
 
-from selfreward_jax import workdir
 from selfreward_jax.config import of_model
 from selfreward_jax.data.records import Pair
 from selfreward_jax.errors import UserError
 from selfreward_jax.judging.pairs import Rule, choose_pair
 from selfreward_jax.observe.progress import say
 from selfreward_jax.run import Run, judged, pair_rows, write_records
+
+
+@dataclasses.dataclass(frozen=True)
+class _Preference:
+    """A pair as other trainers read it: these fields and no more."""
+
+    prompt: str
+    chosen: str
+    rejected: str
 
 
 def make(run: Run, model: str) -> dict[str, Any]:
@@ -56,9 +64,8 @@ def make(run: Run, model: str) -> dict[str, Any]:
             " judgments with a score; a judge that cannot score needs more EFT (--config.sft.epochs), one that scores all alike more candidates"
         )
     write_records(run.root / model / "pairs.jsonl", pairs)
-    rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    workdir.write_text(run.root / model / "preferences.jsonl", lines)
+    rows = [_Preference(pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
+    write_records(run.root / model / "preferences.jsonl", rows)
     mean_score = float(sum(means) / len(means))
     say(
         f"[{model}/pairs] {len(pairs)} pairs of {prompts} prompts; dropped {dict(drops) or 'none'};"
