@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -236,9 +237,9 @@ def test_the_model_in_training_writes_its_own_pool(run: Run, monkeypatch: pytest
         asked.append(before)
         return None, some.chat
 
-    def answers(_run: Run, _model: Any, _chat: Any, label: str, number: int, *_: Any) -> list[str]:
+    def answers(_run: Run, _model: Any, _chat: Any, label: str, number: int, *_: Any) -> tuple[list[str], Counter[str]]:
         common = [f"Explain to a new colleague what step number {n} of the plan is." for n in range(3)]
-        return [*common, *(f"{label} {number} {n}: tell {'and tell ' * n}a story." for n in range(8))]
+        return [*common, *(f"{label} {number} {n}: tell {'and tell ' * n}a story." for n in range(8))], Counter()
 
     monkeypatch.setattr(prompts, "prompt_writer", writes)
     monkeypatch.setattr(prompts, "_ask", answers)

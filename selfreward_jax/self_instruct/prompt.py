@@ -6,6 +6,7 @@ numbers 1 to 8, and an open "9." for the model to go on from.
 
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from selfreward_jax.errors import UserError
@@ -68,7 +69,7 @@ def cut_answers(completion: str) -> str:
     return text[: end.start()] if end else text
 
 
-def split_completion(completion: str, finish_reason: str, first_number: int = 9) -> list[str]:
+def split_completion(completion: str, finish_reason: str, first_number: int = 9) -> tuple[list[str], Counter[str]]:
     """The raw instructions of a completion, without its answers (`cut_answers`).
 
     Only numbers that go on from `first_number` start an item. A lower number is a list inside an item and
@@ -76,35 +77,50 @@ def split_completion(completion: str, finish_reason: str, first_number: int = 9)
     (`finish_reason` "length"), its last item is dropped, unless the list had ended before. This is kinder
     than Self-Instruct, which then discards the whole response: a small model often runs to the limit after
     several good items. `split_completion_faithful` is the original.
+
+    Returns:
+        the instructions, and the number of items that are none of them by reason: "cut_off" by the limit,
+        "out_of_order" (from a number that repeats or skips on), "behind_answers" (numbered, but behind the end of
+        the list) and "empty".
     """
+    completion = completion.lstrip()
     text = cut_answers(completion)
-    ended = len(text) < len(completion.lstrip())
+    starts, behind = (
+        [match for match in _NUMBERED_LINE.finditer(part) if int(match[1]) >= first_number]
+        for part in (text, completion[len(text) :])
+    )
+    drops = Counter(behind_answers=len(behind))
     items: list[str] = []
-    start, number = 0, first_number
-    for match in _NUMBERED_LINE.finditer(text):
-        found = int(match[1])
-        if found < first_number:
-            continue
+    start = 0
+    for place, match in enumerate(starts):
         items.append(text[start : match.start()])
-        start, number = match.end(), number + 1
-        if found != number:
+        start = match.end()
+        if int(match[1]) != first_number + place + 1:
+            drops["out_of_order"] = len(starts) - place
             break
     else:
         items.append(text[start:])
-        if finish_reason == "length" and not ended:
-            items.pop()
-    return [item.strip() for item in items if item.strip()]
+        if finish_reason == "length" and len(text) == len(completion):
+            drops["cut_off"] = 1 if items.pop().strip() else 0
+    written = [item.strip() for item in items if item.strip()]
+    drops["empty"] = len(items) - len(written)
+    return written, +drops  # without the zeros
 
 
-def split_completion_faithful(completion: str, finish_reason: str, last_number: int = 16) -> list[str]:
+def split_completion_faithful(
+    completion: str, finish_reason: str, last_number: int = 16
+) -> tuple[list[str], Counter[str]]:
     """The raw instructions as Self-Instruct takes them: nothing from a completion that hit the length limit.
 
     Otherwise everything between numbered lines, whatever the numbers are. The original's sampler stops at a blank
     line, at a line that begins with `last_number`, and wherever "16." or "16 ." stands, in "2016." too: the text is
     cut there, and what was cut did not hit the limit.
+
+    Returns:
+        the instructions, and {"completion_cut_off": 1} for a completion that gives none since it hit the limit.
     """
     stops = ("\n\n", f"\n{last_number}", f"{last_number}.", f"{last_number} .")
     ends = [place for place in map(completion.find, stops) if place >= 0]
     if not ends and finish_reason == "length":
-        return []
-    return re.split(r"\n\d+\s?\. ", completion[: min(ends)] if ends else completion)
+        return [], Counter(completion_cut_off=1)
+    return re.split(r"\n\d+\s?\. ", completion[: min(ends)] if ends else completion), Counter()

@@ -33,6 +33,8 @@ from selfreward_jax.self_instruct.prompt import (
     split_completion_faithful,
 )
 
+# Reasons that count requests and whole completions, beside the written instructions.
+NO_ITEMS = ("request_over_context", "completion_cut_off")
 SOURCE = "self-instruct"  # of a prompt that a model wrote; others come from a file or top up from the seeds
 
 
@@ -57,10 +59,9 @@ def make(run: Run, model: str, before: str) -> dict[str, Any]:
         given = [Prompt(key, text, "file") for key, text in prompt_texts(config.source, "") if key not in used]
         pool = _usable(run, given, held_out, drops)
     elif config.model == "current":
-        pool, facts = _grow_pool(run, model, before, run.root / model / "pool", held_out, earlier, wanted)
+        pool, facts = _grow_pool(run, model, before, run.root / model / "pool", held_out, earlier, used, wanted)
     else:
-        taken = sum(prompt.source == SOURCE for prompt in earlier)
-        pool, facts = _grow_pool(run, model, before, run.root / "prompts", held_out, [], taken + wanted)
+        pool, facts = _grow_pool(run, model, before, run.root / "prompts", held_out, [], used, wanted)
     slice_ = [prompt for prompt in pool if prompt.id not in used][:wanted]
     if len(slice_) < wanted and config.top_up == "seed":
         rest = [
@@ -75,7 +76,10 @@ def make(run: Run, model: str, before: str) -> dict[str, Any]:
         )
     write_records(run.root / model / "prompts.jsonl", slice_)
     sources = Counter(prompt.source for prompt in slice_)
-    say(f"[{model}/prompts] {len(slice_)} of {wanted} prompts: {dict(sources)}; dropped {dict(drops) or 'none'}")
+    line = f"[{model}/prompts] {len(slice_)} of {wanted} prompts: {dict(sources)}; dropped {dict(drops) or 'none'}"
+    if facts:
+        line += f"; the pool: {facts['pool']} of {facts['written']} written, dropped {facts['filtered'] or 'none'}"
+    say(line)
     return {"prompts": len(slice_), "sources": dict(sources), "drops": dict(drops), **facts}
 
 
@@ -114,13 +118,15 @@ def _grow_pool(
     folder: epath.Path,
     held_out: filters.RougeIndex,
     earlier: Sequence[Prompt],
+    used: set[str],
     wanted: int,
 ) -> tuple[list[Prompt], dict[str, Any]]:
-    """Runs rounds until the pool has `wanted` prompts or `max_rounds` are over; finished rounds are read back.
+    """Runs rounds until the pool has `wanted` prompts that are free or `max_rounds` are over; finished ones are read back.
 
     Args:
         folder: of the pool's rounds; what is in it can be used, and is near no evaluation prompt.
         earlier: prompts of other pools, to which new ones must not be similar.
+        used: ids of prompts that earlier iterations took.
     """
     config = run.config.prompts
     seeds = [example.prompt for example in read_records(run.root / "seed" / "ift.jsonl", Example)]
@@ -140,39 +146,71 @@ def _grow_pool(
         drops.update(counts["drops"])
         pool.extend(accepted)
 
+    def free() -> int:
+        return sum(prompt.id not in used for prompt in pool)
+
     paths = [folder / f"round-{number:05d}.jsonl" for number in range(config.max_rounds)]
-    while len(pool) < wanted and paths and paths[0].exists():  # rounds of an earlier iteration or process
+    while free() < wanted and paths and paths[0].exists():  # rounds of an earlier iteration or process
         path = paths.pop(0)
-        take(path, read_ours(path, Prompt))
-    for prompt in pool:
-        index.add(prompt.text)
+        take(path, _read_back(run, path, index, held_out, used, drops))
     writer: tuple[engines.Engine, Chat] | None = None
-    with progress(f"{model}/prompts", wanted, "prompts", min(len(pool), wanted)) as advance:
+    with progress(f"{model}/prompts", wanted, "prompts", min(free(), wanted)) as advance:
         for number, path in enumerate(paths, start=config.max_rounds - len(paths)):
-            if len(pool) >= wanted:
+            there = free()
+            if there >= wanted:
                 break
             writer = writer or prompt_writer(run, before)
-            texts = _ask(run, *writer, label, number, seeds, [prompt.text for prompt in pool])
+            texts, unread = _ask(run, *writer, label, number, seeds, [prompt.text for prompt in pool])
             # Before the filters, not after: what they accept is what the index holds, and what a resume reads back.
             reasons = [_too_long(run, normalise(text)) for text in texts]
             fitting = [text for text, reason in zip(texts, reasons, strict=True) if not reason]
             kept, dropped = filters.filter_batch(fitting, index, normalise, held_out)
             dropped.update(filter(None, reasons))
             accepted = [Prompt(f"{label}-{number:05d}-{i:03d}", text, SOURCE) for i, text in enumerate(kept)]
-            workdir.write_text(path.with_suffix(".json"), json.dumps({"raw": len(texts), "drops": dict(dropped)}))
+            written = len(texts) + sum(count for reason, count in unread.items() if reason not in NO_ITEMS)
+            counts = {"raw": written, "drops": dict(dropped + unread)}
+            workdir.write_text(path.with_suffix(".json"), json.dumps(counts))
             write_records(path, accepted)
             take(path, accepted)
-            advance(min(len(accepted), wanted), f"round {number + 1}: {raw} written, dropped {dict(drops)}")
+            advance(min(free(), wanted) - there, f"round {number + 1}: {raw} written, dropped {dict(drops)}")
     return pool, {"pool": len(pool), "written": raw, "filtered": dict(drops)}
+
+
+def _read_back(
+    run: Run,
+    path: epath.Path,
+    index: filters.RougeIndex,
+    held_out: filters.RougeIndex,
+    used: set[str],
+    drops: Counter[str],
+) -> list[Prompt]:
+    """A finished round's prompts, without those that today's filters refuse, which are counted.
+
+    Evaluation prompts, seeds and limits may have changed since; if not, all pass. They join the index, and so does a
+    refused one that an iteration has `used`: a new prompt must not be near it.
+    """
+    kept = []
+    for prompt in read_ours(path, Prompt):
+        reason = _too_long(run, prompt.text)
+        reason = reason or ("near_evaluation" if held_out.is_similar(prompt.text) else "")
+        reason = reason or ("similar" if index.is_similar(prompt.text) else "")
+        if reason:
+            drops[f"read_back_{reason}"] += 1
+        else:
+            kept.append(prompt)
+        if not reason or prompt.id in used:
+            index.add(prompt.text)
+    return kept
 
 
 def _ask(
     run: Run, model: engines.Engine, chat: Chat, label: str, number: int, seeds: Sequence[str], pool: Sequence[str]
-) -> list[str]:
-    """One round of requests: raw instructions, as the model wrote them."""
+) -> tuple[list[str], Counter[str]]:
+    """One round of requests: raw instructions, as the model wrote them, and what gave none by reason."""
     config = run.config.prompts
     how = sampling(run, config)
     requests = []
+    drops: Counter[str] = Counter()
     for i in range(config.requests):
         key = number * config.requests + i
         rng = random.Random(f"{run.config.seed}/{label}/{key}")
@@ -180,6 +218,8 @@ def _ask(
         ids = encode_opening(chat, build_request(shots))
         if fits(model.config, ids, how.max_new_tokens):
             requests.append(engines.Request(tuple(ids), (key,)))
+        else:
+            drops["request_over_context"] += 1
     texts: list[str] = []
     first = config.seed_demonstrations + config.generated_demonstrations + 1
     for _, completions, _ in engines.run(model, how, requests, run.config.seed, f"prompts/{label}"):
@@ -187,7 +227,9 @@ def _ask(
             written = decode(chat, completion.ids)
             if config.normalise == "faithful":
                 # The original leaves 7 new tasks room: "16." ends a request that has 8 demonstrations.
-                texts += split_completion_faithful(written, completion.finish_reason, first + 7)
+                some, unread = split_completion_faithful(written, completion.finish_reason, first + 7)
             else:
-                texts += split_completion(written, completion.finish_reason, first)
-    return texts
+                some, unread = split_completion(written, completion.finish_reason, first)
+            texts += some
+            drops += unread
+    return texts, drops

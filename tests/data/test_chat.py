@@ -196,7 +196,9 @@ def test_a_raw_text_opens_with_llama2s_bos_once(scheme):
     tokenizer = metaspace(scheme)
     single, pair = "<s> $A", "<s> $A <s> $B"
     bos = tokenizer.bos_token_id
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=[("<s>", bos)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, pair=pair, special_tokens=[("<s>", bos)]
+    )
     ids = chats.encode_opening(chats.load_chat(tokenizer, "llama2"), "what is this?")
     assert ids == tokenizer("what is this?").input_ids
     assert (ids[0], ids.count(bos)) == (bos, 1)

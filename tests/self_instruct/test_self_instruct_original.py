@@ -73,7 +73,7 @@ def against(item):
 
 def ours(completions):
     """The same by the package, and the accepted items and drops when all items go in as one batch."""
-    items = [item for text, reason in completions for item in split_completion_faithful(text, reason)]
+    items = [item for text, reason in completions for item in split_completion_faithful(text, reason)[0]]
     index, decisions = RougeIndex(texts=SEEDS), []
     for item in items:
         accepted, drops = filter_batch([item], index, faithful)

@@ -41,9 +41,7 @@ def test_demonstrations_are_shuffled_together():
     rng = random.Random(0)
     drawn = [pick_demonstrations(SEEDS, MADE, rng) for _ in range(50)]
     assert {place for picked in drawn for place, text in enumerate(picked) if text in MADE} == set(range(8))
-    assert pick_demonstrations(SEEDS, MADE, random.Random(3)) == pick_demonstrations(
-        SEEDS, MADE, random.Random(3)
-    )
+    assert pick_demonstrations(SEEDS, MADE, random.Random(3)) == pick_demonstrations(SEEDS, MADE, random.Random(3))
 
 
 def test_too_few_seeds():
@@ -53,51 +51,51 @@ def test_too_few_seeds():
 
 
 @pytest.mark.parametrize(
-    ("completion", "reason", "items"),
+    ("completion", "reason", "items", "drops"),
     [
         (
             " Name a tree.\n10. Sort words.\n11. Write a poem.",
             "stop",
             ["Name a tree.", "Sort words.", "Write a poem."],
+            {},
         ),
-        (" Name a tree.\n10. Sort words.\n11. Write a po", "length", ["Name a tree.", "Sort words."]),
-        (" Name a tr", "length", []),
-        (" One.\n10 . Two.", "stop", ["One.", "Two."]),
-        (
-            " One.\n10.Two.",
-            "stop",
-            ["One.\n10.Two."],
-        ),  # no space: not a number of the list, as in the original
+        (" Name a tree.\n10. Sort words.\n11. Write a po", "length", ["Name a tree.", "Sort words."], {"cut_off": 1}),
+        (" Name a tr", "length", [], {"cut_off": 1}),
+        (" One.\n10 . Two.", "stop", ["One.", "Two."], {}),
+        (" One.\n10.Two.", "stop", ["One.\n10.Two."], {}),  # no space: not a number of the list, as in the original
         # A list inside an item belongs to it.
-        (" Explain:\n1. this\n2. that\n10. Two.", "stop", ["Explain:\n1. this\n2. that", "Two."]),
-        (" One.\n10. Two.\n12. Four.\n13. Five.", "stop", ["One.", "Two."]),  # a number was skipped
-        (" One.\n10. Two.\n10. Two.", "length", ["One.", "Two."]),  # or repeats
-        (" One.\n10. \n11. Three.", "stop", ["One.", "Three."]),
-        (" One.\n10. Two.\n11.", "stop", ["One.", "Two."]),  # the model stopped after a number
-        (" One.\n10. Two.\n11.", "length", ["One.", "Two."]),
+        (" Explain:\n1. this\n2. that\n10. Two.", "stop", ["Explain:\n1. this\n2. that", "Two."], {}),
+        (" One.\n10. Two.\n12. Four.\n13. Five.", "stop", ["One.", "Two."], {"out_of_order": 2}),  # 11 was skipped
+        (" One.\n10. Two.\n12. Four.\n1. a\n13. Fi", "length", ["One.", "Two."], {"out_of_order": 2}),
+        (" One.\n10. Two.\n10. Two.", "length", ["One.", "Two."], {"out_of_order": 1}),  # or repeats
+        (" One.\n10. \n11. Three.", "stop", ["One.", "Three."], {"empty": 1}),
+        (" One.\n10. Two.\n11.", "stop", ["One.", "Two."], {"empty": 1}),  # the model stopped after a number
+        (" One.\n10. Two.\n11.", "length", ["One.", "Two."], {}),
         # Paper A.5: after a separator the model answers.
-        (" One.\n10. Two.\n---\nHere is an answer to", "length", ["One.", "Two."]),
-        (" One.\n10. Two.\n### Answers\n11. x", "stop", ["One.", "Two."]),
-        (" One.\n10. Two.\n\nOnce upon a ti", "length", ["One.", "Two."]),
-        (" One.\nOutput: yes\n10. Two.", "stop", ["One."]),
-        (" One.\n**Answer:** yes\n10. Two.", "stop", ["One."]),
-        ("\n\n One.\n10. Two.", "stop", ["One.", "Two."]),
-        ("", "stop", []),
-        ("Response: hi", "stop", []),
+        (" One.\n10. Two.\n---\nHere is an answer to", "length", ["One.", "Two."], {}),
+        (" One.\n10. Two.\n### Answers\n11. x", "stop", ["One.", "Two."], {"behind_answers": 1}),
+        (" One.\n\n10. Two.\n\n11. Thr", "length", ["One."], {"behind_answers": 2}),
+        (" One.\n10. Two.\n\nOnce upon a ti", "length", ["One.", "Two."], {}),
+        (" One.\nOutput: yes\n10. Two.", "stop", ["One."], {"behind_answers": 1}),
+        (" One.\n**Answer:** yes\n1. Two.", "stop", ["One."], {}),
+        ("\n\n One.\n10. Two.", "stop", ["One.", "Two."], {}),
+        ("", "stop", [], {"empty": 1}),
+        ("Response: hi", "stop", [], {"empty": 1}),
     ],
 )
-def test_splitting(completion, reason, items):
-    assert split_completion(completion, reason) == items
+def test_splitting(completion, reason, items, drops):
+    assert split_completion(completion, reason) == (items, drops)
 
 
 def test_the_first_number_can_differ():
-    assert split_completion("a\n4. b\n5. c", "stop", first_number=3) == ["a", "b", "c"]
+    assert split_completion("a\n4. b\n5. c", "stop", first_number=3) == (["a", "b", "c"], {})
 
 
 def test_the_original_discards_a_cut_completion():
     text = " One.\n10. Two.\n3. Any number. "
-    assert split_completion_faithful(text, "stop") == [" One.", "Two.", "Any number. "]
-    assert split_completion_faithful(text, "length") == []
+    assert split_completion_faithful(text, "stop") == ([" One.", "Two.", "Any number. "], {})
+    assert split_completion_faithful(text, "length") == ([], {"completion_cut_off": 1})
+    assert split_completion_faithful(text + "\n16. x", "length") == ([" One.", "Two.", "Any number. "], {})
 
 
 @pytest.mark.parametrize(
@@ -130,14 +128,20 @@ def test_where_a_list_ends(text, kept):
 )
 def test_a_written_list_is_read_back(items, answers):
     completion = " " + "\n".join([items[0], *(f"{n}. {item}" for n, item in enumerate(items[1:], start=10))])
-    assert split_completion(completion, "stop") == items
-    assert split_completion(completion, "length") == items[:-1]
-    assert split_completion(f"{completion}\n---\n{answers}", "length") == items
+    assert split_completion(completion, "stop") == (items, {})
+    assert split_completion(completion, "length") == (items[:-1], {"cut_off": 1})
+    assert split_completion(f"{completion}\n---\n{answers}", "length")[0] == items
 
 
-@pytest.mark.parametrize(
-    "unit", ["\n", "\n ", " ", "\t", "*", "=", "\n10. ", "\n9", "\n*", "answer", "\nanswer "]
-)
+@given(st.text("ab1 90.\n-", max_size=60), st.sampled_from(["stop", "length"]))
+def test_a_completion_gives_an_instruction_or_a_reason(completion, reason):
+    items, drops = split_completion(completion, reason)
+    assert items or drops or reason == "length"
+    assert all(count > 0 for count in drops.values())
+    assert len(items) + drops["empty"] + drops["cut_off"] + drops["out_of_order"] <= 1 + completion.count("\n")
+
+
+@pytest.mark.parametrize("unit", ["\n", "\n ", " ", "\t", "*", "=", "\n10. ", "\n9", "\n*", "answer", "\nanswer "])
 def test_long_completions_take_linear_time(unit):
     start = time.perf_counter()
     for text in (unit * 50_000, "a" + unit * 50_000, "a\n" + unit * 50_000 + "b"):
