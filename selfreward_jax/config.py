@@ -141,9 +141,12 @@ class EftConfig:
         "judge examples, or seed (the packaged ones): source=file trains on them, every source measures by the held-out",
         _OURS + "for small models",
     )
-    # The paper's 1,630 examples are replies that passed. How many ranked English prompts the release has beside 190
-    # and 3,200 could not be checked here without a network, so no number is asked for.
-    train_sets: int = _f(-1, "ranked prompts that EFT is built from; -1: all that are left beside IFT", "3.1.1")
+    # How many ranked English prompts the hub's data set has beside 190 and 3,200 could not be checked: all are taken.
+    train_sets: int = _f(
+        -1,
+        "ranked prompts that EFT is built from; -1: all that are left beside IFT",
+        _OURS + "its 1,630 are those accepted",
+    )
     eval_sets: int = _f(
         190, "ranked prompts held out for judge accuracy; -1: all", "3.1.1: 541 replies at 2.85 a prompt"
     )
