@@ -94,8 +94,8 @@ def _models(made: Mapping[str, Row]) -> list[Line]:
 
 
 def _eft(made: Row) -> list[Line]:
-    """Scores of the judge data; where it was built, of all judgments, of the accepted ones, and after thinning."""
-    heads = {"judged": "scores_judged", "accepted": "scores_before", "kept": "scores"}
+    """Scores of the judge data; where it was built, of all judgments, of the replies accepted, and of those kept."""
+    heads = {"judgments": "scores_judged", "accepted": "scores_before", "kept": "scores"}
     columns = {head: counts_in(made.get(name)) for head, name in heads.items()}
     names = sorted(set().union(*columns.values()), key=figures.by_value)
     if not names:

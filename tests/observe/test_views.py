@@ -149,7 +149,7 @@ def test_scores_of_judge_data_before_and_after_thinning(root):
     workdir.finish(root, "m1/eft", [], [], 1.0, facts)
     lines = overview(root)
     assert [line.split() for line in section(lines, "judge data of m1/eft")] == [
-        ["score", "judged", "accepted", "kept"],
+        ["score", "judgments", "accepted", "kept"],
         ["2", "4", "1", "1"],
         ["10", "6", "4", "2"],
         ["none:", "cut_off", "7", "0", "0"],
