@@ -8,6 +8,8 @@ whose position is not after its own.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -15,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
+
+from selfreward_jax.model.kernels import KERNELS
 
 # The position of padding: after every query, so never seen. Fits int32 with room for subtraction.
 NOWHERE = 2**30
@@ -43,6 +47,9 @@ _TILE = 128
 def attend(q: jax.Array, q_positions: jax.Array, blocks: tuple[Keys, ...], window: int, form: str) -> jax.Array:
     """Softmax attention of queries over all blocks together, scores and softmax in float32.
 
+    Heads may be split over mesh axes, the queries' over those of the keys and then over more of them, as long as the
+    query heads of a device are whole groups of its kv heads or lie in one group.
+
     Args:
         q: `[B,T,N,H]`.
         q_positions: `[B,T]` int32.
@@ -50,16 +57,70 @@ def attend(q: jax.Array, q_positions: jax.Array, blocks: tuple[Keys, ...], windo
             queries' own rows, token for token.
         window: keys `window` or more positions back are masked; 0: no limit.
         form: "plain": batched matmuls over all rows; "mapped": two-dimensional matmuls, a row and kv head at a time,
-            3.4 times as fast on a CPU (B 4, T 512, N 9, K 3, H 64, forward, backward and recomputation). One new
-            token a row (T = 1) always takes the plain form.
+            3.4 times as fast on a CPU (B 4, T 512, N 9, K 3, H 64, forward, backward and recomputation); "cudnn",
+            "splash" and their tests' twins: `kernels.KERNELS`. A kernel serves T above 1 and one block, the queries'
+            own, each row's positions counting up by one and then NOWHERE; all else takes the plain form instead, by
+            design and without a word: one new token a row (T = 1) in any form, and blocks that rows share.
 
     Returns:
-        `[B,T,N,H]` in q's dtype and layout.
+        `[B,T,N,H]` in q's dtype and layout. Values at padding mean nothing, but are finite.
+
+    Raises:
+        ValueError: for a form that does not exist, and for heads that are split in another way than said above.
     """
-    local = _attend_mapped if form == "mapped" and q.shape[1] > 1 else _attend_plain
-    return jax.shard_map(partial(local, window=window), out_specs=jax.typeof(q).sharding.spec, check_vma=False)(
-        q, q_positions, blocks
-    )
+    if form not in ("plain", "mapped", *KERNELS):
+        raise ValueError(f"attention form {form}: plain, mapped, {', '.join(KERNELS)}")
+    local: Callable[..., jax.Array] = _attend_plain
+    if q.shape[1] > 1 and form == "mapped":
+        local = _attend_mapped
+    elif q.shape[1] > 1 and form in KERNELS and [block.k.shape[:2] for block in blocks] == [q.shape[:2]]:
+        local = partial(_attend_kernel, kernel=KERNELS[form])
+    pickers = [_head_picker(q, block) for block in blocks]
+
+    def shard(q: jax.Array, q_positions: jax.Array, blocks: tuple[Keys, ...]) -> jax.Array:
+        read = tuple(pick(block) for pick, block in zip(pickers, blocks, strict=True))
+        return local(q, q_positions, read, window=window)
+
+    return jax.shard_map(shard, out_specs=spec_of(q), check_vma=False)(q, q_positions, blocks)
+
+
+def _head_picker(q: jax.Array, block: Keys) -> Callable[[Keys], Keys]:
+    """What a device does with its kv heads, inside `shard_map`: keep those that its query heads read."""
+    mesh = jax.typeof(q).sharding.mesh
+    q_axes, kv_axes = _axes(q, 2), _axes(block.k, 2)
+    if q_axes == kv_axes:
+        return lambda block: block
+    q_heads = q.shape[2] // math.prod(mesh.shape[axis] for axis in q_axes)
+    share = q.shape[2] // block.k.shape[2]
+    if q_axes[: len(kv_axes)] != kv_axes or (q_heads % share and share % q_heads):
+        raise ValueError(
+            f"{q.shape[2]} query heads split over mesh axes {q_axes} cannot read {block.k.shape[2]} kv heads split "
+            f"over {kv_axes}: a device's query heads must be whole groups of its own kv heads, or lie in one group"
+        )
+    extra, count = q_axes[len(kv_axes) :], max(q_heads // share, 1)
+
+    def pick(block: Keys) -> Keys:
+        if block.k.shape[2] == count:
+            return block
+        start = jax.lax.axis_index(extra) * q_heads // share
+        k, v = (jax.lax.dynamic_slice_in_dim(x, start, count, axis=2) for x in (block.k, block.v))
+        return Keys(k, v, block.positions)
+
+    return pick
+
+
+def _axes(x: jax.Array, dimension: int) -> tuple[str, ...]:
+    """The mesh axes that one dimension of an array is split over, those of size one left out."""
+    entry = spec_of(x)[dimension] or ()
+    mesh = jax.typeof(x).sharding.mesh
+    return tuple(axis for axis in ((entry,) if isinstance(entry, str) else entry) if mesh.shape[axis] > 1)
+
+
+def _attend_kernel(
+    q: jax.Array, q_positions: jax.Array, blocks: tuple[Keys, ...], window: int, kernel: Callable[..., jax.Array]
+) -> jax.Array:
+    del q_positions  # causal, and padding comes last: places in the row say all that positions do
+    return kernel(q, blocks[0].k, blocks[0].v, window=window)
 
 
 def _visible(q_positions: jax.Array, key_positions: jax.Array, window: int) -> jax.Array:
