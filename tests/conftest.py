@@ -10,7 +10,9 @@ if version("jaxlib").startswith("0.10."):  # 0.11 has no such flag, and an unkno
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import threading  # noqa: E402
 from functools import cache  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -87,3 +89,23 @@ def random_params():
         return jax.device_put(tree, shardings(llama.logical_axes(config), mesh))
 
     return make
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """What gs:// is for this test: `objects` by name without gs://, what was `asked`, `published`, `cancelled`.
+
+    Set `fault` to a function of ("list", "read" or "upload", the object's name) that raises.
+    """
+    from etils.epath.backend import fsspec_backend
+    from fake_bucket import Bucket
+    from fsspec.registry import _registry
+
+    state = SimpleNamespace(objects={}, asked=[], published=[], removed=[], cancelled=[], lock=threading.Lock())
+    state.fault = lambda what, path: None
+    here = type("Bucket", (Bucket,), {"state": state})
+    for protocol in here.protocol:
+        monkeypatch.setitem(_registry, protocol, here)
+    fsspec_backend._get_filesystem.cache_clear()
+    yield state
+    fsspec_backend._get_filesystem.cache_clear()

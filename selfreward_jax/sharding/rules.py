@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +17,9 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 # Rows of a batch are split over both; parameters are split over fsdp and gathered layer by layer (ZeRO-3).
 BATCH = ("data", "fsdp")
 
-# How parameters, gradients and optimizer moments are stored.
+# How parameters, gradients and optimizer moments are stored while training.
 STORED: Rules = {
+    "rows": BATCH,
     "layers": None,
     "vocab": "tensor",
     "embed": "fsdp",
@@ -27,8 +29,26 @@ STORED: Rules = {
     "ffn": "tensor",
     "norm": None,  # scales and biases of width D: 0.01 % of the bytes, needed whole everywhere
 }
-# How a layer's parameters are laid out while they are used: the fsdp axis is gathered away.
+# How a layer's parameters are laid out while training uses them: the fsdp axis is gathered away.
 COMPUTED: Rules = {**STORED, "embed": None}
+# How parameters are stored and used while sampling, on a mesh of its own (sharding/choose.py): nothing is gathered, since
+# a decode step reads each weight once for few rows. Query heads, ffn and vocabulary are cut over `fsdp` as well as
+# `tensor`; kv heads over `tensor` only, so that there may be more shards than kv heads.
+GENERATION: Rules = {
+    "rows": "data",
+    "layers": None,
+    "vocab": ("tensor", "fsdp"),
+    "embed": None,
+    "q_heads": ("tensor", "fsdp"),
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "ffn": ("tensor", "fsdp"),
+    "norm": None,
+}
+# Less than this share of the parameter bytes cut as meant is a refusal: scales of norms are 0.01 % of a 70B.
+COVERED = 0.98
+# The layouts of parameters: how they lie in memory, and how a layer lays them out while it uses them.
+LAYOUTS: Mapping[str, tuple[Rules, Rules]] = {"training": (STORED, COMPUTED), "generation": (GENERATION, GENERATION)}
 
 
 def spec(axes: tuple[str, ...], rules: Rules) -> P:
@@ -60,31 +80,88 @@ def shardings(axes_tree: Any, mesh: jax.sharding.Mesh, rules: Rules = STORED) ->
     return jax.tree.map(lambda axes: NamedSharding(mesh, spec(axes, rules)), axes_tree, is_leaf=is_axes)
 
 
-def check_divides(axes_tree: Any, abstract: Any, mesh: jax.sharding.Mesh, rules: Rules = STORED) -> None:
+def extents(axes_tree: Any, abstract: Any) -> dict[str, int]:
+    """The size of each logical axis of a model."""
+    found: dict[str, int] = {}
+    for axes, array in zip(jax.tree.leaves(axes_tree, is_leaf=is_axes), jax.tree.leaves(abstract), strict=True):
+        found |= dict(zip(axes, array.shape, strict=True))
+    return found
+
+
+def misfits(sizes: Mapping[str, int], mesh_sizes: Mapping[str, int], rules: Rules) -> list[str]:
+    """A line for each logical axis that its mesh axes do not divide.
+
+    Args:
+        sizes: `extents` of a model.
+        mesh_sizes: sizes of the mesh axes.
+    """
+    lines = []
+    for axis, size in sizes.items():
+        entry = rules[axis] or ()
+        names = (entry,) if isinstance(entry, str) else entry
+        if size % math.prod(mesh_sizes[name] for name in names):
+            by = " x ".join(f"{name}={mesh_sizes[name]}" for name in names)
+            lines.append(f"{axis} has {size}, which mesh axis {by} does not divide")
+    return lines
+
+
+def check_divides(
+    axes_tree: Any, abstract: Any, mesh: jax.sharding.Mesh, rules: Rules = STORED, option: str = "--config.mesh"
+) -> None:
     """Refuses a mesh that does not divide the parameters.
 
     Args:
         axes_tree: logical axes, a leaf for each leaf of `abstract`.
         abstract: tree of arrays or `ShapeDtypeStruct`.
+        option: what the lines name.
 
     Raises:
-        UserError: with a line for each logical axis whose size a mesh axis does not divide.
+        UserError: with a line for each logical axis whose size its mesh axes do not divide.
     """
-    problems: dict[str, str] = {}
-    for axes, array in zip(jax.tree.leaves(axes_tree, is_leaf=is_axes), jax.tree.leaves(abstract), strict=True):
-        for axis, size in zip(axes, array.shape, strict=True):
-            entry = rules[axis] or ()
-            for name in (entry,) if isinstance(entry, str) else entry:
-                if size % mesh.shape[name]:
-                    problems[axis] = f"{axis} has {size}, which mesh axis {name}={mesh.shape[name]} does not divide"
+    problems = misfits(extents(axes_tree, abstract), mesh.shape, rules)
     if problems:
-        raise UserError(*(f"--config.mesh: {line}" for line in problems.values()))
+        raise UserError(*(f"{option}: {line}" for line in problems))
+
+
+def check_covered(axes_tree: Any, tree: Any, mesh: jax.sharding.Mesh, rules: Rules = STORED) -> float:
+    """The share of bytes that the table cuts over mesh axes and that lie so; refuses less than 98 %.
+
+    Args:
+        tree: arrays, or `ShapeDtypeStruct` with shardings.
+
+    Raises:
+        UserError: a line for each array that lies elsewhere, or that the table does not cut.
+    """
+    good, total, lines = 0, 0, []
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    for (path, array), axes in zip(paths, jax.tree.leaves(axes_tree, is_leaf=is_axes), strict=True):
+        meant = NamedSharding(mesh, spec(axes, rules))
+        size = math.prod(array.shape) * array.dtype.itemsize
+        total += size
+        if array.sharding.is_equivalent_to(meant, len(array.shape)) and any(meant.spec):
+            good += size
+        else:
+            lines.append(f"{_name(path)} {list(array.shape)} lies as {array.sharding.spec}, meant is {meant.spec}")
+    if good < COVERED * total:
+        raise UserError(
+            f"--config.mesh: {good / total:.1%} of the parameter bytes are cut over the mesh as meant", *lines
+        )
+    return good / total
+
+
+def _shown(partition: P) -> str:
+    """`tensor+fsdp, -`: the mesh axes of each dimension."""
+    return ", ".join((entry if isinstance(entry, str) else "+".join(entry)) if entry else "-" for entry in partition)
+
+
+def _name(path: Any) -> str:
+    return "/".join(str(key.key) for key in path)
 
 
 def table(
     axes_tree: Any, abstract: Any, mesh: jax.sharding.Mesh, rules: Rules = STORED
 ) -> list[tuple[str, str, str, int]]:
-    """Rows (parameter, shape, spec, bytes a device) of the layout, for printing and for the coverage check."""
+    """Rows (parameter, shape, mesh axes of each dimension, bytes a device) of the layout, for printing."""
     rows = []
     paths = jax.tree_util.tree_leaves_with_path(abstract)
     for (path, array), axes in zip(paths, jax.tree.leaves(axes_tree, is_leaf=is_axes), strict=True):
@@ -93,6 +170,5 @@ def table(
         size = array.dtype.itemsize
         for extent in shard:
             size *= extent
-        name = "/".join(str(key.key) for key in path)
-        rows.append((name, "x".join(map(str, array.shape)), str(partition), size))
+        rows.append((_name(path), "x".join(map(str, array.shape)), _shown(partition), size))
     return rows

@@ -14,9 +14,9 @@ from typing import Any
 
 import jax
 from etils import epath
-from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
+from selfreward_jax import stores
 from selfreward_jax.errors import UserError
 from selfreward_jax.model.config import LlamaConfig, to_hf
 from selfreward_jax.model.llama import Params
@@ -43,8 +43,9 @@ def export(
     """Writes config.json, safetensors, tokenizer, generation_config.json and README.md for transformers to load.
 
     Everything is written beside `directory` and renamed at the end: under that name there is never half a model. An
-    earlier export is replaced. On an object store, which cannot rename, config.json is written last. In a run of
-    several processes all must call this, and process 0 writes.
+    earlier export is replaced. An object store cannot rename: there the weights go straight to their place, an
+    earlier config.json is removed before them and the new one is written last, so that half a model is none. In a
+    run of several processes all must call this, and process 0 writes.
 
     Args:
         params: in the layout of `llama.abstract`.
@@ -67,54 +68,52 @@ def export(
     if writer:
         _check_replaceable(target)
     try:
-        with _scratch(target, writer) as folder:
-            safetensors_io.save(params, config, folder, dtype, max_shard_bytes)
+        with _scratch(target, writer) as (weights, folder):
+            safetensors_io.save(params, config, weights, dtype, max_shard_bytes)
             if writer:
                 _save_tokenizer(tokenizer, folder)
                 _write_json(folder / "generation_config.json", _generation(config, generation or {}))
                 (folder / "README.md").write_text(_card(card, licence, base_model))
                 _write_json(folder / "config.json", to_hf(config, dtype))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{target}: the model cannot be written ({error}); nothing was left there") from error
+    except OSError as error:
+        left = "what is there has no config.json" if stores.is_remote(target) else "nothing was left there"
+        raise UserError(f"{target}: the model cannot be written ({error}); {left}") from error
     return target
 
 
 def _check_replaceable(target: epath.Path) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
+    if not stores.is_remote(target) and target.exists() and not target.is_dir():
         raise UserError(f"{target}: a file stands where the model's directory should be; give another name")
-    foreign = [
-        entry.name for entry in target.iterdir() if not any(fnmatch.fnmatch(entry.name, name) for name in _OURS)
-    ]
+    here = stores.listing(target)
+    foreign = [entry for entry in here or () if not any(fnmatch.fnmatch(entry, name) for name in _OURS)]
     if foreign:
         names = ", ".join(sorted(foreign)[:3])
         raise UserError(f"{target}: holds {names}, which is no part of a model; give another directory")
 
 
 @contextlib.contextmanager
-def _scratch(target: epath.Path, writer: bool) -> Iterator[epath.Path]:
-    """A folder that becomes the target when the block ends well, and vanishes when it does not."""
+def _scratch(target: epath.Path, writer: bool) -> Iterator[tuple[epath.Path, epath.Path]]:
+    """Where the weights and where everything else is written, to be the target when the block ends well."""
     if not writer:
-        yield target
-    elif safetensors_io.is_remote(target):
+        yield target, target
+    elif stores.is_remote(target):
         with tempfile.TemporaryDirectory(prefix="selfreward_export_") as local:
-            yield epath.Path(local)
-            target.mkdir(parents=True, exist_ok=True)
-            (target / "config.json").unlink(missing_ok=True)
+            stores.remove(target / "config.json")
+            yield target, epath.Path(local)
             names = sorted(os.listdir(local), key=lambda name: name == "config.json")
+            for old in stores.listing(target) or ():
+                if old not in names and not safetensors_io.is_weights(old):  # the save has removed old weights
+                    stores.remove(target / old)
             for name in names:
-                (epath.Path(local) / name).copy(target / name, overwrite=True)
-            for old in target.iterdir():
-                if old.name not in names:
-                    old.unlink()
+                with stores.writing(target / name) as write:
+                    write((epath.Path(local) / name).read_bytes())
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         new, old = (target.parent / f".{target.name}.{state}" for state in ("new", "old"))
         shutil.rmtree(new, ignore_errors=True)
         try:
             new.mkdir()
-            yield new
+            yield new, new
             shutil.rmtree(old, ignore_errors=True)
             if target.exists():
                 os.rename(target, old)

@@ -20,8 +20,9 @@ from selfreward_jax.errors import UserError
 from selfreward_jax.model.config import LlamaConfig, RopeScaling
 from selfreward_jax.model.llama import Params
 from selfreward_jax.model.rope import inverse_frequencies
-from selfreward_jax.weights import mapping
-from selfreward_jax.weights.mapping import Slices, Tensor
+from selfreward_jax.sharding.rules import STORED, Rules
+from selfreward_jax.weights import mapping, stacked
+from selfreward_jax.weights.mapping import Tensor
 
 # Metadata that changes no logit of ours. What is neither here nor read below is refused by name.
 _INERT = frozenset({"llama.tensor_data_layout", "llama.rope.scaling.finetuned"})
@@ -155,12 +156,13 @@ def _from_tensors(path: Path, reader: gguf.GGUFReader, config: LlamaConfig) -> L
     raise UserError(f"{path}: rope_freqs.weight holds neither Llama 3.1's nor Llama 3.2's factors; not supported")
 
 
-def load(path: Path, config: LlamaConfig, mesh: Mesh, dtype: str) -> Params:
-    """Reads and dequantises the weights, a tensor of a layer at a time, into sharded stacked arrays.
+def load(path: Path, config: LlamaConfig, mesh: Mesh, dtype: str, rules: Rules = STORED) -> Params:
+    """Reads and dequantises the weights, some rows of a tensor at a time, into sharded stacked arrays.
 
     Args:
         config: from `read_config`.
         dtype: of the parameters, "float32" or "bfloat16".
+        rules: how they are laid out on the mesh.
 
     Raises:
         UserError: with a line for each tensor that is missing, left over, of another shape than the config's, or of a
@@ -170,18 +172,15 @@ def load(path: Path, config: LlamaConfig, mesh: Mesh, dtype: str) -> Params:
     _check(path, config, {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in here.items()})
     _check_readable(path, {tensor.tensor_type: tensor for tensor in here.values()})
 
-    @functools.lru_cache(maxsize=config.layers if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 else 1)
-    def whole(tensor: Tensor, layer: int) -> np.ndarray:
-        stored = here[tensor.gguf.format(layer)]
-        values = dequantize(stored.data, stored.tensor_type).reshape(mapping.stored_shape(tensor, config))
-        if tensor.permuted:
-            values = _half_split(values, config.head_dim)
-        return mapping.to_ours(tensor, config, values)
+    def read(tensor: Tensor, layer: int, rows: slice) -> np.ndarray:
+        stored, shape = here[tensor.gguf.format(layer)], mapping.stored_shape(tensor, config)
+        if len(shape) == 1:  # its data may be the bytes of quantised blocks
+            values = dequantize(stored.data, stored.tensor_type).reshape(shape)[rows]
+        else:
+            values = dequantize(stored.data[rows], stored.tensor_type).reshape(-1, *shape[1:])
+        return _half_split(values, config.head_dim) if tensor.permuted else values
 
-    def read(tensor: Tensor, layer: int, cut: Slices) -> np.ndarray:
-        return whole(tensor, layer)[cut]
-
-    return mapping.place(config, mesh, dtype, read)
+    return stacked.place(config, mesh, dtype, read, rules)
 
 
 def _check_readable(path: Path, examples: dict[gguf.GGMLQuantizationType, gguf.ReaderTensor]) -> None:

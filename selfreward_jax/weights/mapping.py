@@ -10,18 +10,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
 from selfreward_jax.model.config import LlamaConfig
-from selfreward_jax.model.llama import Params, abstract, logical_axes, stored_specs
-from selfreward_jax.sharding.rules import check_divides
-
-Slices = tuple[slice, ...]
+from selfreward_jax.model.llama import Params, abstract
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +45,6 @@ class Tensor:
         """Whether there is one tensor a layer."""
         return self.path.startswith("layers/")
 
-
-Reader = Callable[[Tensor, int, Slices], np.ndarray]
 
 _HF, _SELF, _MLP, _BLK = "model.layers.{}.", "model.layers.{}.self_attn.", "model.layers.{}.mlp.", "blk.{}."
 
@@ -94,11 +88,12 @@ def sizes(config: LlamaConfig) -> Mapping[str, int]:
     }
 
 
-def _flat(tree: Params, above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: Params, above: str = "") -> dict[str, Any]:
+    """The leaves of a tree by path, joined by "/"."""
+    leaves: dict[str, Any] = {}
     for name, node in tree.items():
-        flat |= _flat(node, f"{above}{name}/") if isinstance(node, dict) else {above + name: node}
-    return flat
+        leaves |= flat(node, f"{above}{name}/") if isinstance(node, dict) else {above + name: node}
+    return leaves
 
 
 def tensors(config: LlamaConfig) -> list[Tensor]:
@@ -108,7 +103,7 @@ def tensors(config: LlamaConfig) -> list[Tensor]:
         KeyError: if the model declares a parameter that the table lacks.
     """
     known = {tensor.path: tensor for tensor in TABLE}
-    wanted = {path: known[path] for path in _flat(abstract(config))}
+    wanted = {path: known[path] for path in flat(abstract(config))}
     return [tensor for tensor in TABLE if tensor.path in wanted]
 
 
@@ -148,28 +143,14 @@ def differences(
     return lines
 
 
-def stored_slices(tensor: Tensor, config: LlamaConfig, ours: Slices) -> Slices:
-    """The part of the file's tensor that holds a part of ours.
-
-    Args:
-        ours: a slice with start and stop for each letter of `tensor.ours`.
-
-    Raises:
-        ValueError: if a merged axis is cut inside a head (the sharding tables never do).
-    """
-    size, cut = sizes(config), dict(zip(tensor.ours, ours, strict=True))
-    parts = []
-    for axis in tensor.stored.split():
-        first, inner = cut[axis[0]], math.prod(size[letter] for letter in axis[1:])
-        for letter in axis[1:]:
-            if (cut[letter].start, cut[letter].stop) != (0, size[letter]):
-                raise ValueError(f"{tensor.path}: axis {letter} is cut at {cut[letter]}")
-        parts.append(slice(first.start * inner, first.stop * inner))
-    return tuple(parts)
+def leading_rows(tensor: Tensor, config: LlamaConfig) -> int:
+    """How many rows of the file's tensor one value of their first letter has: those of a head, or one."""
+    size = sizes(config)
+    return math.prod(size[letter] for letter in tensor.stored.split()[0][1:])
 
 
 def to_ours(tensor: Tensor, config: LlamaConfig, block: np.ndarray) -> np.ndarray:
-    """A part of the file's tensor (whole heads) in our axes; a view."""
+    """Rows of the file's tensor (whole heads) in our axes; a view, so that what is written to it turns the other way."""
     size, letters, shape = sizes(config), "", []
     for axis, extent in zip(tensor.stored.split(), block.shape, strict=True):
         inner = [size[letter] for letter in axis[1:]]
@@ -178,62 +159,9 @@ def to_ours(tensor: Tensor, config: LlamaConfig, block: np.ndarray) -> np.ndarra
     return block.reshape(shape).transpose([letters.index(letter) for letter in tensor.ours])
 
 
-def to_stored(tensor: Tensor, config: LlamaConfig, ours: np.ndarray) -> np.ndarray:
-    """The file's tensor of a layer from our array `tensor.ours`, contiguous."""
-    letters = tensor.stored.replace(" ", "")
-    turned = ours.transpose([tensor.ours.index(letter) for letter in letters])
-    return np.ascontiguousarray(turned.reshape(stored_shape(tensor, config)))
-
-
 def leaf(params: Params, tensor: Tensor) -> jax.Array:
     """The array of a row in a parameter tree."""
     node = params
     for name in tensor.path.split("/"):
         node = node[name]
     return node  # pyright: ignore[reportReturnType]
-
-
-def place(config: LlamaConfig, mesh: Mesh, dtype: str, read: Reader) -> Params:
-    """Builds the sharded parameter tree from a reader of parts.
-
-    Each part that this host's devices hold is read once, layer by layer, and cast as it is copied into the stacked
-    layout: at most one stacked array's local parts lie in host memory at a time.
-
-    Args:
-        mesh: the parameters are laid out as `llama.stored_specs` on it.
-        dtype: of the result, "float32" or "bfloat16".
-        read: gives a part in our axes (without L) of a row and a layer (0 for rows that have no layers).
-
-    Raises:
-        UserError: if the mesh does not divide the parameters.
-    """
-    check_divides(logical_axes(config), abstract(config, dtype), mesh)
-    shapes, specs = _flat(abstract(config, dtype)), _flat(stored_specs(config))
-    params: Params = {}
-    for tensor in tensors(config):
-        shape: tuple[int, ...] = shapes[tensor.path].shape
-        held: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # devices that hold copies share one part
-
-        def part(index: Any, tensor=tensor, shape=shape, held=held) -> np.ndarray:
-            bounds = tuple(axis.indices(extent)[:2] for axis, extent in zip(index, shape, strict=True))
-            if bounds not in held:
-                held[bounds] = _read_part(tensor, bounds, shapes[tensor.path].dtype, read)
-            return held[bounds]
-
-        node = params
-        *above, name = tensor.path.split("/")
-        for parent in above:
-            node = node.setdefault(parent, {})
-        node[name] = jax.make_array_from_callback(shape, NamedSharding(mesh, specs[tensor.path]), part)
-    return params
-
-
-def _read_part(tensor: Tensor, bounds: tuple[tuple[int, int], ...], dtype: Any, read: Reader) -> np.ndarray:
-    out = np.empty([stop - start for start, stop in bounds], dtype)
-    cut = tuple(slice(start, stop) for start, stop in bounds)
-    if not tensor.layered:
-        out[...] = read(tensor, 0, cut)
-        return out
-    for row, layer in enumerate(range(*bounds[0])):
-        out[row] = read(tensor, layer, cut[1:])
-    return out

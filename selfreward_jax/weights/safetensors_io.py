@@ -1,34 +1,35 @@
-"""Hugging Face safetensors to and from sharded, stacked parameters; only the slices a host needs are read."""
+"""Hugging Face checkpoints to and from sharded, stacked parameters: rows are streamed, no file is ever held whole."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
+import math
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from selfreward_jax import stores
 from selfreward_jax.errors import UserError
 from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.model.llama import Params
-from selfreward_jax.weights import mapping
-from selfreward_jax.weights.mapping import Slices, Tensor
+from selfreward_jax.sharding.rules import STORED, Rules
+from selfreward_jax.stores import Ranges
+from selfreward_jax.weights import mapping, stacked, tensor_files
+from selfreward_jax.weights.mapping import Tensor
+from selfreward_jax.weights.tensor_files import DTYPES, Entry
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _PICKLED = re.compile(r".*\.(bin|pth|pt|ckpt|pkl|h5|msgpack)")
+_OURS = re.compile(r"model.*\.safetensors(\.index\.json)?")
+_REMOTE_THREADS = 8  # a store gives one request a part of what it can give
+_HEADER_BYTES = 256  # at most, of one tensor in a file's header: names of 60 characters, shapes of two numbers
 
 
 def weight_files(directory: epath.PathLike) -> list[str]:
@@ -36,15 +37,20 @@ def weight_files(directory: epath.PathLike) -> list[str]:
 
     Raises:
         UserError: for a directory without weights, with pickled weights only, or with an index that names files
-            which are not there.
+            which are not there; and if a store cannot be reached.
     """
-    folder = epath.Path(directory)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such directory")
-    if (folder / SINGLE).exists():
-        return [SINGLE]
-    if not (folder / INDEX).exists():
-        pickled = sorted(file.name for file in folder.iterdir() if _PICKLED.fullmatch(file.name))
+    return list(_weight_files(epath.Path(directory)))
+
+
+def _weight_files(folder: epath.Path) -> dict[str, int]:
+    """Name to bytes."""
+    here = stores.listing(folder)
+    if here is None:
+        raise UserError(f"{folder}: no such directory{' or bucket' if stores.is_remote(folder) else ''}")
+    if SINGLE in here:
+        return {SINGLE: here[SINGLE]}
+    if INDEX not in here:
+        pickled = sorted(name for name in here if _PICKLED.fullmatch(name))
         if pickled:
             raise UserError(
                 f"{folder}: holds {', '.join(pickled[:3])}: pickled weights can run code and are not read; "
@@ -52,55 +58,49 @@ def weight_files(directory: epath.PathLike) -> list[str]:
             )
         raise UserError(f"{folder}: no weights here: neither {SINGLE} nor {INDEX}")
     files = sorted(set(_weight_map(folder).values()))
-    lost = [name for name in files if Path(name).name != name or not (folder / name).exists()]
+    lost = [name for name in files if Path(name).name != name or name not in here]
     if lost:
         raise UserError(*(f"{folder}: {INDEX} names {name}, which is not in the directory" for name in lost))
-    return files
+    return {name: here[name] for name in files}
 
 
 def _weight_map(folder: epath.Path) -> dict[str, str]:
     try:
-        return dict(json.loads((folder / INDEX).read_text())["weight_map"])
+        return dict(json.loads(stores.read_whole(folder / INDEX))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / INDEX}: not an index of safetensors files ({error}); fetch it again") from error
 
 
 @contextlib.contextmanager
-def _opened(directory: epath.PathLike) -> Iterator[dict[str, Any]]:
-    """Tensor name to open file (memory mapped); files of a remote directory are copied to a temporary one first."""
+def _opened(directory: epath.PathLike) -> Iterator[dict[str, tuple[Entry, Ranges]]]:
+    """Tensor name to where it lies and what reads that file."""
     folder = epath.Path(directory)
-    names, problems, tensors = weight_files(folder), [], {}
+    sizes = _weight_files(folder)
+
     with contextlib.ExitStack() as stack:
-        local = folder
-        if is_remote(folder):
-            local = epath.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="selfreward_weights_")))
-            _copy(folder, names, local)
-        for name in names:
+        reads = [stack.enter_context(stores.ranges(folder / name)) for name in sizes]
+
+        def entries(read: Ranges, name: str) -> dict[str, Entry] | str:
             try:
-                file = stack.enter_context(safe_open(os.fspath(local / name), framework="np"))
-                tensors |= dict.fromkeys(file.keys(), file)
-            except (SafetensorError, OSError) as error:
-                problems.append(f"{folder / name}: not a whole safetensors file ({error}); fetch it again")
+                return tensor_files.read_entries(read, sizes[name])
+            except ValueError as error:
+                return f"{folder / name}: not a whole safetensors file ({error}); fetch it again"
+
+        with ThreadPoolExecutor(_threads(folder)) as pool:
+            headers = list(pool.map(entries, reads, sizes))
+        problems = [header for header in headers if isinstance(header, str)]
         if problems:
             raise UserError(*problems)
-        yield tensors
+        yield {
+            tensor: (entry, read)
+            for header, read in zip(headers, reads, strict=True)
+            if not isinstance(header, str)
+            for tensor, entry in header.items()
+        }
 
 
-def is_remote(folder: epath.Path) -> bool:
-    """Whether a path lies on an object store (gs://, s3://): no memory maps, no renames."""
-    return "://" in os.fspath(folder)
-
-
-def _copy(folder: epath.Path, names: list[str], local: epath.Path) -> None:
-    needed = sum((folder / name).stat().length for name in names)
-    free = shutil.disk_usage(local).free
-    if needed > free:
-        raise UserError(
-            f"{folder}: its {needed / 1e9:.1f} GB of weights are copied to {local.parent} while they are read, "
-            f"where {free / 1e9:.1f} GB are free; set TMPDIR to a larger disk"
-        )
-    for name in names:
-        (folder / name).copy(local / name)
+def _threads(folder: epath.Path) -> int:
+    return _REMOTE_THREADS if stores.is_remote(folder) else stacked.THREADS
 
 
 def stored_dtype(directory: epath.PathLike) -> str:
@@ -110,38 +110,40 @@ def stored_dtype(directory: epath.PathLike) -> str:
         UserError: if the weights are missing, broken or of another dtype.
     """
     with _opened(directory) as tensors:
-        kinds = {file.get_slice(name).get_dtype() for name, file in tensors.items() if "inv_freq" not in name}
-        problems = _check_dtypes(epath.Path(directory), tensors)
+        entries = {name: entry for name, (entry, _) in tensors.items()}
+    problems = _check_dtypes(epath.Path(directory), entries)
     if problems:
         raise UserError(*problems)
-    return _DTYPES[kinds.pop()] if len(kinds) == 1 else "float32"
+    kinds = {entry.dtype for name, entry in entries.items() if "inv_freq" not in name}
+    return DTYPES[kinds.pop()] if len(kinds) == 1 else "float32"
 
 
-def _check_dtypes(folder: epath.Path, tensors: dict[str, Any]) -> list[str]:
-    kinds = {name: file.get_slice(name).get_dtype() for name, file in tensors.items()}
+def _check_dtypes(folder: epath.Path, entries: dict[str, Entry]) -> list[str]:
     wrong: dict[str, list[str]] = {}
-    for name, kind in kinds.items():
-        if kind not in _DTYPES:
-            wrong.setdefault(kind, []).append(name)
+    for name, entry in entries.items():
+        if entry.dtype not in DTYPES:
+            wrong.setdefault(entry.dtype, []).append(name)
     return [
-        f"{folder}: {len(names)} tensors ({names[0]}, …) are stored as {kind}; supported are {sorted(_DTYPES)}: "
+        f"{folder}: {len(names)} tensors ({names[0]}, …) are stored as {kind}; supported are {sorted(DTYPES)}: "
         "convert a quantised checkpoint first"
         for kind, names in wrong.items()
     ]
 
 
-def load(directory: epath.PathLike, config: LlamaConfig, mesh: Mesh, dtype: str) -> Params:
-    """Reads a checkpoint into sharded stacked arrays; each host reads the slices of its own devices.
+def load(directory: epath.PathLike, config: LlamaConfig, mesh: Mesh, dtype: str, rules: Rules = STORED) -> Params:
+    """Reads a checkpoint into sharded stacked arrays; each process reads the rows that its own devices hold.
+
+    Beside the arrays there are a few blocks of 8 MB in memory, and nothing on a local disk.
 
     Args:
-        directory: local or remote (a remote one is copied to a temporary directory while it is read).
+        directory: local or remote.
         config: the architecture, from the directory's config.json.
-        mesh: the parameters are laid out on it as `llama.stored_specs`.
         dtype: of the result; the cast rounds to nearest.
+        rules: how the parameters are laid out on the mesh.
 
     Raises:
         UserError: with a line for each file that is broken and each tensor that is missing, left over, or of another
-            shape or dtype than the config's.
+            shape or dtype than the config's; and if the store cannot be read.
     """
     folder = epath.Path(directory)
     with _opened(folder) as tensors:
@@ -150,19 +152,21 @@ def load(directory: epath.PathLike, config: LlamaConfig, mesh: Mesh, dtype: str)
             for tensor in mapping.tensors(config)
             for name in mapping.stored_names(tensor, config, "hf")
         }
-        here = {name: tuple(file.get_slice(name).get_shape()) for name, file in tensors.items()}
+        entries = {name: entry for name, (entry, _) in tensors.items()}
+        here = {name: entry.shape for name, entry in entries.items()}
         ignored = mapping.IGNORED_HF + (mapping.IGNORED_HF_TIED if config.tied else ())
-        problems = mapping.differences(str(folder), wanted, here, ignored) + _check_dtypes(folder, tensors)
+        problems = mapping.differences(str(folder), wanted, here, ignored) + _check_dtypes(folder, entries)
         if problems:
             raise UserError(*problems)
 
-        def read(tensor: Tensor, layer: int, cut: Slices) -> np.ndarray:
-            name = tensor.hf.format(layer)
-            block = tensors[name].get_slice(name)[mapping.stored_slices(tensor, config, cut)]
-            return mapping.to_ours(tensor, config, block)
+        def read(tensor: Tensor, layer: int, rows: slice) -> np.ndarray:
+            entry, ranges = tensors[tensor.hf.format(layer)]
+            kind, below = np.dtype(DTYPES[entry.dtype]), entry.shape[1:]
+            each = math.prod(below) * kind.itemsize
+            stored = ranges(entry.start + rows.start * each, (rows.stop - rows.start) * each)
+            return np.frombuffer(stored, kind).reshape(-1, *below)
 
-        params = mapping.place(config, mesh, dtype, read)
-        return jax.block_until_ready(params)
+        return stacked.place(config, mesh, dtype, read, rules, _threads(folder))
 
 
 def save(
@@ -170,84 +174,77 @@ def save(
 ) -> list[str]:
     """Writes parameters as a Hugging Face checkpoint: one file, or several with an index.
 
-    The bytes are a function of the parameters, the dtype and the shard size. Each file is written under a temporary
-    name and renamed; weights of an earlier save are removed. In a run of several processes all must call this, and
-    process 0 writes.
+    The bytes are a function of the parameters, the dtype and the shard size. Beside the arrays a few blocks of 8 MB
+    are in memory (with several processes or an accelerator, one layer's tensor). Each file is there whole or not at
+    all; weights of an earlier save are removed. In a run of several processes all must call this, and process 0
+    writes.
 
     Args:
         params: in the layout of `llama.abstract`, sharded in any way.
-        directory: local or remote; it is made if it is not there.
+        directory: local, made if it is not there, or remote.
         dtype: of the file's tensors: "float32", "float16" or "bfloat16".
-        max_shard_bytes: a file ends before the tensor that would take it over this (a larger tensor stands alone).
+        max_shard_bytes: no file is longer, but one that holds a single larger tensor.
 
     Returns:
         the names of the files.
+
+    Raises:
+        OSError: if a local disk cannot take them.
+        UserError: if a store cannot.
     """
     folder = epath.Path(directory)
-    shards = _plan(config, np.dtype(dtype).itemsize, max_shard_bytes)
+    itemsize = np.dtype(dtype).itemsize
+    shards = _plan(config, itemsize, max_shard_bytes)
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     writer = jax.process_index() == 0
-    if writer:
+    if writer and not stores.is_remote(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    weight_map, total = {}, 0
-    for file, shard in zip(names, shards, strict=True):
-        tensors = {}
-        for tensor, layer in shard:
-            array = _host(mapping.leaf(params, tensor), layer if tensor.layered else None)
-            tensors[tensor.hf.format(layer)] = mapping.to_stored(tensor, config, array).astype(dtype, copy=False)
-        total += sum(array.nbytes for array in tensors.values())
-        weight_map |= dict.fromkeys(tensors, file)
-        if writer:
-            _write(folder, file, tensors)
+    shapes = {name: mapping.stored_shape(tensor, config) for shard in shards for name, (tensor, _) in shard.items()}
+    total = itemsize * sum(map(math.prod, shapes.values()))
+    with ThreadPoolExecutor(stacked.THREADS) as pool, stacked.megabytes("save weights", total) as advance:
+        for file, shard in zip(names, shards, strict=True):
+            opened = stores.writing(folder / file) if writer else contextlib.nullcontext(None)
+            with opened as write:
+                if write:
+                    write(tensor_files.header({name: shapes[name] for name in shard}, dtype))
+                for _, (tensor, layer) in sorted(shard.items()):
+                    parts = stacked.gather(mapping.leaf(params, tensor), layer if tensor.layered else None)
+                    if write:
+                        for block in stacked.stored_rows(tensor, config, parts, dtype, pool):
+                            write(block.reshape(-1).view(np.uint8).data)
+                            advance(block.nbytes)
     if not writer:
         return names
     if count > 1:
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        scratch = folder / f".{INDEX}.tmp"
-        scratch.write_text(json.dumps(index, indent=2) + "\n")
-        scratch.replace(folder / INDEX)
+        with stores.writing(folder / INDEX) as write:
+            write((json.dumps(index, indent=2) + "\n").encode())
         names = [*names, INDEX]
-    for old in folder.glob("model*.safetensors*"):
-        if old.name not in names:
-            old.unlink()
+    for old in stores.listing(folder) or ():
+        if is_weights(old) and old not in names:
+            stores.remove(folder / old)
     return names
 
 
-def _plan(config: LlamaConfig, itemsize: int, limit: float) -> list[list[tuple[Tensor, int]]]:
-    """Tensors of each file: those without layers, then layer by layer."""
+def is_weights(name: str) -> bool:
+    """Whether `save` gives files such a name."""
+    return bool(_OURS.fullmatch(name))
+
+
+def _plan(config: LlamaConfig, itemsize: int, limit: float) -> list[dict[str, tuple[Tensor, int]]]:
+    """The tensors of each file, by name: those without layers, then layer by layer."""
     rows = mapping.tensors(config)
     order = [(tensor, 0) for tensor in rows if not tensor.layered]
     order += [(tensor, layer) for layer in range(config.layers) for tensor in rows if tensor.layered]
-    shards: list[list[tuple[Tensor, int]]] = [[]]
-    size = 0
+    shards: list[dict[str, tuple[Tensor, int]]] = [{}]
+    size = _HEADER_BYTES
     for tensor, layer in order:
-        more = itemsize * int(np.prod(mapping.stored_shape(tensor, config)))
+        more = _HEADER_BYTES + itemsize * math.prod(mapping.stored_shape(tensor, config))
         if shards[-1] and size + more > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append((tensor, layer))
+            shards.append({})
+            size = _HEADER_BYTES
+        shards[-1][tensor.hf.format(layer)] = (tensor, layer)
         size += more
     return shards
-
-
-def _host(array: jax.Array, layer: int | None) -> np.ndarray:
-    part = array if layer is None else array[layer]
-    if part.is_fully_addressable:
-        return np.asarray(part)
-    return np.asarray(multihost_utils.process_allgather(part, tiled=True))
-
-
-def _write(folder: epath.Path, name: str, tensors: dict[str, np.ndarray]) -> None:
-    if not is_remote(folder):
-        scratch = folder / f".{name}.tmp"
-        try:
-            save_file(tensors, os.fspath(scratch), metadata={"format": "pt"})
-            os.chmod(scratch, 0o644)  # the library makes them private; these are for others to read
-            scratch.replace(folder / name)
-        finally:
-            scratch.unlink(missing_ok=True)
-        return
-    with tempfile.TemporaryDirectory(prefix="selfreward_weights_") as local:
-        save_file(tensors, os.path.join(local, name), metadata={"format": "pt"})
-        epath.Path(os.path.join(local, name)).copy(folder / name, overwrite=True)

@@ -20,12 +20,13 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from selfreward_jax import stores
 from selfreward_jax.data.chat import TEMPLATES
 from selfreward_jax.errors import UserError
 from selfreward_jax.model import llama
 from selfreward_jax.model.config import LlamaConfig, from_hf
 from selfreward_jax.model.llama import Params
-from selfreward_jax.sharding.rules import check_divides, shardings
+from selfreward_jax.sharding.rules import STORED, Rules, check_divides, shardings
 from selfreward_jax.weights import fetch, gguf_io, safetensors_io
 
 _TINY_VOCABULARY = 1024
@@ -80,9 +81,11 @@ def open_source(source: str, tokenizer: str | None = None) -> Source:
         opened = dataclasses.replace(opened, name="HuggingFaceTB/SmolLM2-135M-Instruct")
     elif source.startswith("random:"):
         opened = _open_random(source, tokenizer)
+    elif source.endswith(".gguf") and stores.is_remote(epath.Path(source)):
+        raise UserError(f"--config.model.source={source}: gguf files are read from local disks; copy it to one first")
     elif source.endswith(".gguf"):
         opened = _open_gguf(Path(source).expanduser(), "gguf", tokenizer)
-    elif _is_directory(source):
+    elif stores.is_remote(epath.Path(source)) or epath.Path(source).expanduser().is_dir():
         folder = epath.Path(source).expanduser()
         safetensors_io.weight_files(folder)
         opened = _open_directory(folder, source.rstrip("/").rsplit("/", 1)[-1], tokenizer)
@@ -103,25 +106,25 @@ def open_source(source: str, tokenizer: str | None = None) -> Source:
     return opened
 
 
-def load_params(source: Source, mesh: Mesh, dtype: str) -> Params:
+def load_params(source: Source, mesh: Mesh, dtype: str, rules: Rules = STORED) -> Params:
     """Reads (for a hub name: fetches) the weights into sharded arrays in the layout of `llama.abstract`.
 
     Args:
-        mesh: see `llama.stored_specs`.
         dtype: of the parameters, "float32" or "bfloat16".
+        rules: how they are laid out on the mesh.
 
     Raises:
         UserError: if the weights cannot be had, do not fit the config, or the mesh does not divide them.
     """
     if source.kind == "random":
         axes = llama.logical_axes(source.config)
-        check_divides(axes, llama.abstract(source.config, dtype), mesh)
+        check_divides(axes, llama.abstract(source.config, dtype), mesh, rules)
         # Drawn on one device and then laid out: the numbers must not depend on the mesh.
         params = jax.device_get(llama.init(source.config, jax.random.key(0), dtype))
-        return jax.device_put(params, shardings(axes, mesh))
+        return jax.device_put(params, shardings(axes, mesh, rules))
     if source.kind in ("demo", "gguf"):
-        return gguf_io.load(Path(os.fspath(source.path or "")), source.config, mesh, dtype)
-    return safetensors_io.load(_weights_folder(source), source.config, mesh, dtype)
+        return gguf_io.load(Path(os.fspath(source.path or "")), source.config, mesh, dtype, rules)
+    return safetensors_io.load(_weights_folder(source), source.config, mesh, dtype, rules)
 
 
 def stored_dtype(source: Source) -> str:
@@ -147,13 +150,6 @@ def param_bytes(source: Source, dtype: str) -> int:
     return source.config.parameter_count() * jnp.dtype(dtype).itemsize
 
 
-def _is_directory(source: str) -> bool:
-    try:
-        return epath.Path(source).expanduser().is_dir()
-    except ImportError as error:  # epath reads gs:// and s3:// through packages of their own
-        raise UserError(f"--config.model.source={source}: {error}") from error
-
-
 def _open_gguf(path: Path, kind: str, tokenizer: str | None) -> Source:
     config = gguf_io.read_config(path)
     about = gguf_io.describe(path)
@@ -169,9 +165,10 @@ def _open_gguf(path: Path, kind: str, tokenizer: str | None) -> Source:
 
 
 def _open_directory(folder: epath.Path, name: str, tokenizer: str | None) -> Source:
-    raw = _json(folder / "config.json")
-    if raw is None:
+    here = stores.listing(folder) or {}
+    if "config.json" not in here:
         raise UserError(f"{folder}: no config.json; a model directory has config.json, safetensors and a tokenizer")
+    raw = _json(folder / "config.json")
     if "auto_map" in raw:
         raise UserError(f"{folder / 'config.json'}: auto_map: the model brings its own code, which is never run")
     if "quantization_config" in raw:
@@ -181,26 +178,23 @@ def _open_directory(folder: epath.Path, name: str, tokenizer: str | None) -> Sou
         path=folder,
         config=from_hf(raw, str(folder / "config.json")),
         tokenizer=_tokenizer(tokenizer or os.fspath(folder)),
-        generation=_json(folder / "generation_config.json") or {},
-        licence=_licence(folder / "README.md"),
+        generation=_json(folder / "generation_config.json") if "generation_config.json" in here else {},
+        licence=_licence(folder / "README.md") if "README.md" in here else "unknown",
         name=name,
     )
 
 
-def _json(path: epath.Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
+def _json(path: epath.Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(stores.read_whole(path)))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: not a JSON object ({error})") from error
 
 
 def _licence(card: epath.Path) -> str:
     """The `license:` line of a model card's front matter."""
-    if not card.exists():
-        return "unknown"
-    front = re.match(r"---\n(.*?)\n---", card.read_text(), flags=re.DOTALL)
+    text = stores.read_whole(card).decode("utf-8", "replace")
+    front = re.match(r"---\n(.*?)\n---", text, flags=re.DOTALL)
     found = re.search(r"^license: *[\"']?([\w.-]+)", front[1], flags=re.MULTILINE) if front else None
     return found[1] if found else "unknown"
 
@@ -211,13 +205,12 @@ def _tokenizer(place: str) -> PreTrainedTokenizerFast:
     hint = "give --config.model.tokenizer=DIRECTORY or a hub name with a tokenizer.json"
     with tempfile.TemporaryDirectory(prefix="selfreward_tokenizer_") as scratch:
         local = os.fspath(folder)
-        if not folder.is_dir():
-            local = os.fspath(fetch.hub(place, weights=False, option="--config.model.tokenizer"))
-        elif safetensors_io.is_remote(folder):
-            for name in _DESCRIPTION:
-                if (folder / name).exists():
-                    (folder / name).copy(epath.Path(scratch) / name)
+        if stores.is_remote(folder):
             local = scratch
+            for name in set(_DESCRIPTION) & set(stores.listing(folder) or ()):
+                (Path(scratch) / name).write_bytes(stores.read_whole(folder / name))
+        elif not folder.is_dir():
+            local = os.fspath(fetch.hub(place, weights=False, option="--config.model.tokenizer"))
         try:
             found = AutoTokenizer.from_pretrained(local, trust_remote_code=False, local_files_only=True)
         except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:

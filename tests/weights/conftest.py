@@ -107,3 +107,15 @@ def our_logits():
         return np.asarray(forward(params, *placed))
 
     return run
+
+
+@pytest.fixture
+def upload_folder(bucket):
+    """`upload_folder(folder, name)`: the files of a local folder as objects; gives their gs:// folder."""
+
+    def put(folder, name="bucket/model"):
+        for file in folder.iterdir():
+            bucket.objects[f"{name}/{file.name}"] = file.read_bytes()
+        return f"gs://{name}"
+
+    return put

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from selfreward_jax.data.chat import encode_prompt, load_chat
 from selfreward_jax.errors import UserError
 from selfreward_jax.weights import export as exports
-from selfreward_jax.weights import safetensors_io
+from selfreward_jax.weights import safetensors_io, stacked
 from selfreward_jax.weights.source import load_params, open_source, tiny_tokenizer
 
 KINDS = ["llama2", "llama31", "mistral", "qwen2", "biased"]
@@ -94,7 +94,7 @@ def test_a_full_disk_leaves_what_was_there(step, tiny, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     place, name = {
-        "weights": (safetensors_io, "save_file"),
+        "weights": (stacked, "stored_rows"),
         "tokenizer": (exports, "_save_tokenizer"),
         "config": (exports, "to_hf"),
     }[step]
@@ -107,17 +107,40 @@ def test_a_full_disk_leaves_what_was_there(step, tiny, tmp_path, monkeypatch):
     assert {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()} == before
 
 
-def test_on_an_object_store_the_config_comes_last(tiny, tmp_path, monkeypatch):
-    write(tiny, tmp_path / "m", max_shard_bytes=1e5)
+def test_on_an_object_store_the_config_comes_last(tiny, tmp_path, bucket):
     wanted = write(tiny, tmp_path / "local")
-    monkeypatch.setattr(safetensors_io, "is_remote", lambda folder: folder.parent == tmp_path)
-    copied = []
-    copy = type(exports.epath.Path(tmp_path)).copy
-    monkeypatch.setattr(
-        type(exports.epath.Path(tmp_path)),
-        "copy",
-        lambda self, to, overwrite=False: copied.append(self.name) or copy(self, to, overwrite=overwrite),
+    write(tiny, "gs://bucket/m", max_shard_bytes=1e5)
+    bucket.objects["bucket/m/vocab.json"] = b"of an earlier export"
+    bucket.published.clear()
+    seen = []
+    bucket.fault = lambda what, path: (
+        seen.append("bucket/m/config.json" in bucket.objects) if what == "upload" else None
     )
-    folder = write(tiny, tmp_path / "m")
-    assert copied[-1] == "config.json"
-    assert {f.name: f.read_bytes() for f in folder.iterdir()} == {f.name: f.read_bytes() for f in wanted.iterdir()}
+    write(tiny, "gs://bucket/m")
+    assert not any(seen)  # while anything else was written there was none
+    assert bucket.published[-1] == "bucket/m/config.json"
+    assert bucket.objects == {f"bucket/m/{file.name}": file.read_bytes() for file in wanted.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_on_an_object_store_a_failure_leaves_no_model(name, tiny, bucket):
+    write(tiny, "gs://bucket/m")
+
+    def fault(what, path):
+        if what == "upload" and path == f"bucket/m/{name}":
+            raise RuntimeError("quota")
+
+    bucket.fault = fault
+    with pytest.raises(UserError, match=rf"gs://bucket/m/{name}: cannot be written \(quota\)"):
+        write(tiny, "gs://bucket/m")
+    assert "bucket/m/config.json" not in bucket.objects
+    bucket.fault = lambda what, path: None
+    write(tiny, "gs://bucket/m")
+    assert open_source("gs://bucket/m").config == tiny[0].config
+
+
+def test_on_an_object_store_files_of_the_users_are_left_alone(tiny, bucket):
+    bucket.objects["bucket/m/data/rows.jsonl"] = b""
+    with pytest.raises(UserError, match="gs://bucket/m: holds data, which is no part of a model"):
+        write(tiny, "gs://bucket/m")
+    assert list(bucket.objects) == ["bucket/m/data/rows.jsonl"]

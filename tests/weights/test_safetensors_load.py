@@ -6,10 +6,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
+from selfreward_jax import stores
 from selfreward_jax.errors import UserError
-from selfreward_jax.weights import safetensors_io
+from selfreward_jax.sharding.rules import GENERATION
+from selfreward_jax.weights import safetensors_io, stacked, tensor_files
 
 KINDS = ["llama2", "llama31", "mistral", "qwen2", "biased"]
 
@@ -45,15 +48,68 @@ def test_halves_are_read_exactly_and_cast_to_nearest(dtype, checkpoint, mesh_of)
     np.testing.assert_array_equal(params["embed"], stored.astype("bfloat16"))
 
 
-def test_a_remote_directory_is_copied_while_it_is_read(checkpoint, mesh_of, monkeypatch):
-    saved, mesh = checkpoint("llama2", max_shard_size="40KB"), mesh_of((1, 1, 1))
+def test_a_remote_checkpoint_is_read_by_ranges_and_once(checkpoint, mesh_of, bucket, upload_folder, monkeypatch):
+    saved, mesh = checkpoint("llama2", max_shard_size="40KB"), mesh_of((2, 2, 2))
     wanted = safetensors_io.load(saved.folder, saved.config, mesh, "float32")
-    monkeypatch.setattr(safetensors_io, "is_remote", lambda folder: True)
-    found = safetensors_io.load(saved.folder, saved.config, mesh, "float32")
+    folder = upload_folder(saved.folder)
+    monkeypatch.setattr(stacked, "BLOCK_BYTES", 2048)
+    monkeypatch.setattr(tensor_files, "_FIRST_READ", 64)
+    found = safetensors_io.load(folder, saved.config, mesh, "float32")
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
-    monkeypatch.setattr(safetensors_io.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
-    with pytest.raises(UserError, match="set TMPDIR to a larger disk"):
-        safetensors_io.load(saved.folder, saved.config, mesh, "float32")
+    ranges = [(path, start, end) for path, start, end in bucket.asked if path.endswith(".safetensors")]
+    files = safetensors_io.weight_files(saved.folder)
+    assert {path for path, *_ in ranges} == {f"bucket/model/{name}" for name in files}
+    assert sum(end - start for _, start, end in ranges) == sum((saved.folder / name).stat().st_size for name in files)
+    assert len(set(ranges)) == len(ranges) > 80
+    assert safetensors_io.stored_dtype(folder) == "float32"
+
+
+def test_a_remote_read_that_fails_midway(checkpoint, mesh_of, bucket, upload_folder, monkeypatch):
+    saved, mesh = checkpoint("llama2"), mesh_of((1, 1, 1))
+    folder = upload_folder(saved.folder)
+    monkeypatch.setattr(stores, "RETRY_AFTER", (0.0, 0.0))
+    failing = []
+
+    def fault(what, path):
+        if len(bucket.asked) == 9 and len(failing) < 2:
+            failing.append(path)
+            raise TimeoutError("the connection was reset")
+
+    bucket.fault = fault
+    found = safetensors_io.load(folder, saved.config, mesh, "float32")
+    assert len(failing) == 2
+    wanted = safetensors_io.load(saved.folder, saved.config, mesh, "float32")
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    name = next(name for name in bucket.objects if name.endswith(".safetensors"))
+    bucket.objects[name] = bucket.objects[name][:-8]
+    with pytest.raises(
+        UserError, match=r"gs://bucket/model/model.safetensors: not a whole safetensors file \(.* cut\)"
+    ):
+        safetensors_io.load(folder, saved.config, mesh, "float32")
+
+
+def test_a_file_that_is_cut_while_it_is_read(checkpoint, mesh_of, tmp_path, monkeypatch):
+    saved = checkpoint("llama2")
+    file = tmp_path / "model.safetensors"
+    shutil.copy(saved.folder / file.name, file)
+    place = stacked.place
+
+    def cut(*arguments):
+        file.write_bytes(file.read_bytes()[:-100])
+        return place(*arguments)
+
+    monkeypatch.setattr(stacked, "place", cut)
+    with pytest.raises(UserError, match=r"model.safetensors: cannot be read \(.* bytes came from byte .* it is cut"):
+        safetensors_io.load(tmp_path, saved.config, mesh_of((1, 1, 1)), "float32")
+
+
+def test_the_layout_is_the_one_that_is_asked_for(checkpoint, mesh_of):
+    saved, mesh = checkpoint("llama2"), mesh_of((2, 2, 2))
+    params = safetensors_io.load(saved.folder, saved.config, mesh, "float32", GENERATION)
+    assert params["layers"]["attention"]["q"].sharding.spec == P(None, None, ("tensor", "fsdp"), None)
+    jax.tree.map(
+        np.testing.assert_array_equal, params, safetensors_io.load(saved.folder, saved.config, mesh, "float32")
+    )
 
 
 def test_every_tensor_that_does_not_fit_has_a_line(checkpoint, mesh_of, tmp_path):
@@ -90,8 +146,14 @@ def test_a_tied_head_in_the_file_is_left_over_by_right(checkpoint, mesh_of, tmp_
 def test_a_directory_without_weights(tmp_path):
     with pytest.raises(UserError, match=r"no weights here: neither model.safetensors nor model.safetensors.index"):
         safetensors_io.weight_files(tmp_path)
-    with pytest.raises(UserError, match="no such directory"):
+    with pytest.raises(UserError, match=r"no such directory$"):
         safetensors_io.weight_files(tmp_path / "nowhere")
+
+
+def test_a_bucket_or_folder_that_is_not_there(bucket):
+    with pytest.raises(UserError) as caught:
+        safetensors_io.weight_files("gs://bucket/model")
+    assert str(caught.value) == "gs://bucket/model: no such directory or bucket"
 
 
 def test_pickled_weights_are_refused_by_name(tmp_path):

@@ -8,10 +8,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from selfreward_jax.data.chat import load_chat
 from selfreward_jax.errors import UserError
 from selfreward_jax.model import llama
+from selfreward_jax.sharding.rules import GENERATION
 from selfreward_jax.weights import source as sources
 
 
@@ -100,18 +102,42 @@ def test_another_tokenizer_than_the_models(directory, tmp_path):
         sources.open_source(str(directory))
 
 
-def test_a_remote_tokenizer_is_copied(directory, monkeypatch):
-    read = []
-    load = sources.AutoTokenizer.from_pretrained
-    monkeypatch.setattr(sources.safetensors_io, "is_remote", lambda folder: True)
+def test_a_directory_on_an_object_store(directory, mesh_of, bucket, upload_folder):
+    local, remote = sources.open_source(str(directory)), sources.open_source(upload_folder(directory))
+    assert remote.tokenizer("AD").input_ids == [0, 3]
+    for field in ("kind", "config", "generation", "licence", "name", "eos_ids"):
+        assert getattr(remote, field) == getattr(local, field), field
+    assert sources.stored_dtype(remote) == "float32"
+    found, wanted = (sources.load_params(one, mesh_of((1, 2, 1)), "float32") for one in (remote, local))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    del bucket.objects["bucket/model/config.json"]
+    with pytest.raises(UserError, match=r"gs://bucket/model: no config.json"):
+        sources.open_source("gs://bucket/model")
 
-    def noted(place, **options):
-        read.append(place)
-        return load(place, **options)
 
-    monkeypatch.setattr(sources.AutoTokenizer, "from_pretrained", noted)
-    assert sources._tokenizer(str(directory))("AD").input_ids == [0, 3]
-    assert read != [str(directory)]
+def test_an_object_store_that_refuses_is_one_line(bucket):
+    def refuse(what, path):
+        raise RuntimeError("401 Anonymous caller")
+
+    bucket.fault = refuse
+    with pytest.raises(
+        UserError, match=r"^gs://bucket/model: cannot be listed \(401 Anonymous caller\); check the name"
+    ):
+        sources.open_source("gs://bucket/model")
+
+
+def test_an_object_store_whose_package_is_missing(monkeypatch):
+    def missing(path):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(sources.stores, "_files", missing)
+    with pytest.raises(UserError, match=r"^gs://bucket/model: Please install gcsfs .*; `pip install gcsfs`$"):
+        sources.open_source("gs://bucket/model")
+
+
+def test_the_layout_of_random_weights_is_the_one_that_is_asked_for(mesh_of):
+    params = sources.load_params(sources.open_source("random:tiny"), mesh_of((1, 2, 2)), "float32", GENERATION)
+    assert params["embed"].sharding.spec == P(("tensor", "fsdp"), None)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +145,8 @@ def test_a_remote_tokenizer_is_copied(directory, monkeypatch):
     [
         ("nowhere/at/all", r"no such file or directory; give 'demo', 'random:tiny', FILE.gguf"),
         ("nowhere.gguf", "no gguf file at nowhere.gguf"),
+        ("gs://bucket/m.gguf", "gguf files are read from local disks; copy it to one first"),
         ("random:huge", "random weights come in one size, 'random:tiny'"),
-        ("gs://bucket/model", r"--config.model.source=gs://bucket/model: .*gcsfs|no such file or directory"),
     ],
 )
 def test_sources_that_are_none(source, message, monkeypatch, tmp_path):

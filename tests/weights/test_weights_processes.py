@@ -1,0 +1,83 @@
+"""Two processes with two devices each: each reads the rows of its own shards, and the first writes for both."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from selfreward_jax.weights import safetensors_io
+
+PROGRAM = """
+import contextlib, json, sys
+import jax, numpy as np
+process, port, source, out = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+from jax.sharding import AxisType
+from selfreward_jax.model.config import from_hf
+from selfreward_jax import stores
+from selfreward_jax.weights import safetensors_io
+
+asked, ranges = [], stores.ranges
+
+@contextlib.contextmanager
+def counted(path):
+    with ranges(path) as read:
+        yield lambda start, count: (asked.append(count), read(start, count))[1]
+
+stores.ranges = counted
+config = from_hf(json.loads(open(source + "/config.json").read()))
+report = {}
+for shape in ((1, 1, 4), (1, 2, 2)):
+    asked.clear()
+    mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 3)
+    with jax.set_mesh(mesh):
+        params = safetensors_io.load(source, config, mesh, "float32")
+        report[str(shape)] = sum(asked[1:])  # the header is the first
+        safetensors_io.save(params, config, f"{out}/{shape[1]}", "float32", max_shard_bytes=50_000)
+    report["devices"] = len(jax.tree.leaves(params)[0].addressable_shards)
+open(f"{out}/{process}.json", "w").write(json.dumps(report))
+"""
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_processes_load_and_save(checkpoint, mesh_of, tmp_path):
+    saved, port = checkpoint("llama2"), str(free_port())
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(process), port, str(saved.folder), str(tmp_path)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for process in range(2)
+    ]  # fmt: skip
+    try:
+        for process in running:
+            said, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, said
+    finally:
+        for process in running:
+            process.kill()
+    reports = [json.loads((tmp_path / f"{process}.json").read_text()) for process in range(2)]
+    params = safetensors_io.load(saved.folder, saved.config, mesh_of((1, 1, 1)), "float32")
+    names = safetensors_io.save(params, saved.config, tmp_path / "one", "float32", max_shard_bytes=50_000)
+    for folder in ("1", "2"):
+        assert sorted(file.name for file in (tmp_path / folder).iterdir()) == sorted(names)
+        for name in names:
+            assert (tmp_path / folder / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    config, whole = saved.config, 4 * saved.config.parameter_count()
+    norms = (2 * config.layers + 1) * config.embed
+    # Rows of the output and down projections are cut over fsdp, all others over tensor; norms are whole everywhere.
+    turned = config.layers * config.embed * (config.q_heads * config.head_dim + config.ffn)
+    for report in reports:
+        assert report["devices"] == 2
+        assert report["(1, 1, 4)"] == 4 * ((whole // 4 - turned - norms) // 2 + turned + norms)
+        assert report["(1, 2, 2)"] == whole - 4 * turned // 2
