@@ -14,6 +14,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
+from selfreward_jax import processes
 from selfreward_jax.config import from_config_dict
 from selfreward_jax.errors import UserError
 
@@ -24,6 +25,8 @@ def exit_code(command: Callable[[], Any]) -> int:
         command()
     except UserError as error:
         sys.stdout.flush()
+        if error.shared and processes.index():
+            return 2  # process 0 says it
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2
@@ -40,6 +43,20 @@ def split(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
     if unknown:
         parser.error(f"unknown arguments {unknown}; config fields are --config.NAME=VALUE")
     return known, rest
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """Options for several processes: which of them this is."""
+    group = parser.add_argument_group("several processes (on TPU slices, Slurm and Kubernetes they find each other)")
+    group.add_argument("--coordinator", default="", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--num_processes", type=int, default=0, help="how many there are")
+    group.add_argument("--process_id", type=int, default=-1, help="which one this is, from 0")
+    group.add_argument(
+        "--join_timeout", type=int, default=300, help="seconds that they wait for each other at the start"
+    )
+    group.add_argument(
+        "--heartbeat_timeout", type=int, default=60, help="seconds without a sign of life after which one is dead"
+    )
 
 
 def folder(workdir: str) -> epath.Path:

@@ -52,7 +52,10 @@ class ModelConfig:
         1, "layers a scan step while decoding; all of them is faster on a CPU", _OURS + "measured", free=True
     )
     attention: str = _f(
-        "auto", "plain, mapped (faster on a CPU) or auto", _OURS + "measured, see model/attention.py", free=True
+        "auto",
+        "plain, mapped (a CPU's), cudnn (a GPU's), splash (a TPU's) or auto",
+        _OURS + "measured, see model/attention.py",
+        free=True,
     )
     remat: str = _f(
         "full", "none, dots or full: what the backward pass recomputes", _OURS + "memory of 70B", free=True
@@ -61,11 +64,14 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    data: int = _f(1, "data-parallel replicas", _OURS + "one slice", free=True)
+    data: int = _f(
+        0, "replicas that share the rows; all three 0: chosen for the devices (sharding/choose.py)", _OURS + "one slice", free=True,
+    )  # fmt: skip
     fsdp: int = _f(
-        -1, "shards of parameters and rows; -1: the devices that are left", _OURS + "maxtext's 70B", free=True
-    )
-    tensor: int = _f(1, "shards of heads, ffn and vocabulary", _OURS + "one slice", free=True)
+        0, "training: shards of parameters and rows; generation: more shards of query heads and ffn; -1: what is left",
+        _OURS + "one slice", free=True,
+    )  # fmt: skip
+    tensor: int = _f(0, "shards of heads, ffn and vocabulary", _OURS + "one slice", free=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,6 +287,7 @@ class Config:
     seed: int = _f(0, "seed of every random choice", _OURS + "any")
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
+    generation_mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()
     sft: TrainConfig = TrainConfig()
     eft: EftConfig = EftConfig()

@@ -34,9 +34,15 @@ def find(c: Any) -> list[str]:
         c.model.param_dtype == "float32",
         "model.param_dtype=bfloat16: at lr 1e-6 plain rounding leaves 98 % of bf16 weights unchanged; use float32",
     )
+    for name, mesh in (("mesh", c.mesh), ("generation_mesh", c.generation_mesh)):
+        sizes = (mesh.data, mesh.fsdp, mesh.tensor)
+        need(
+            not any(sizes) or (all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1),
+            f"{name}={sizes}: name data, fsdp and tensor (one may be -1: what is left), or leave all three at 0",
+        )
     need(
-        c.model.attention in ("auto", "plain", "mapped"),
-        f"model.attention={c.model.attention}: auto, plain or mapped",
+        c.model.attention in ("auto", "plain", "mapped", "cudnn", "splash"),
+        f"model.attention={c.model.attention}: auto, plain, mapped, cudnn or splash",
     )
     need(c.model.remat in ("none", "dots", "full"), f"model.remat={c.model.remat}: none, dots or full")
     need(c.model.unroll >= 1 and c.model.decode_unroll >= 1, "model.unroll, model.decode_unroll: at least 1")

@@ -14,6 +14,7 @@ from selfreward_jax import workdir
 from selfreward_jax.config import Config, models, of_model
 from selfreward_jax.data.seeds import measuring_sets
 from selfreward_jax.errors import UserError
+from selfreward_jax.sharding.choose import memory_here
 
 # Bytes a parameter while training: parameter, two moments, the summed and the new gradient, all float32.
 TRAINING_BYTES = 20
@@ -21,14 +22,6 @@ TRAINING_BYTES = 20
 EFFICIENCY = 0.35
 # Ranked sets that are counted for eft.train_sets=-1, as many as there are: a guess before the data are read.
 SETS_GUESSED = 2000
-
-
-def memory_here() -> int:
-    """Bytes that the devices of this job hold together, 0 if they don't tell; on a CPU the machine's memory."""
-    devices = jax.local_devices()
-    if devices[0].platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return sum((device.memory_stats() or {}).get("bytes_limit", 0) for device in devices) * jax.process_count()
 
 
 def disk_here(root: epath.Path) -> int | None:

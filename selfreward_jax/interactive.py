@@ -6,16 +6,16 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
-
+from selfreward_jax.config import MeshConfig
 from selfreward_jax.data.chat import decode, encode_prompt, load_chat
 from selfreward_jax.launch import use_compilation_cache
+from selfreward_jax.loaded import attention_form, generation_mesh
 from selfreward_jax.model import llama
 from selfreward_jax.observe.progress import progress, say
-from selfreward_jax.run import attention_form
 from selfreward_jax.sampling import engine as engines
 from selfreward_jax.sampling.tokens import Sampling
 from selfreward_jax.sharding.mesh import make_mesh
+from selfreward_jax.sharding.rules import GENERATION
 from selfreward_jax.weights.source import load_params, open_source
 
 
@@ -42,22 +42,26 @@ def answer(arguments: argparse.Namespace, prompts: Sequence[tuple[str, str]]) ->
         )
     if not requests:
         return
-    mesh = make_mesh(1, -1, 1)
-    with jax.set_mesh(mesh):
-        params = load_params(source, mesh, arguments.dtype)
-        compute = llama.Compute(arguments.dtype, remat="none", attention=attention_form("auto"))
-        rows = max(arguments.samples, min(arguments.rows, len(requests) * arguments.samples))
-        engine = engines.Engine(
-            source.config, compute, compute, params, mesh, chat.stop_ids, chat.vocabulary, rows, pad=64
-        )
-        with progress("generate", len(requests) * arguments.samples, "answers") as advance:
-            width = engines.per_part(engine, requests)
-            for part, completions, _ in engines.run(engine, how, requests, arguments.seed, "generate"):
-                for place, some in enumerate(completions):
-                    key, text = kept[part * width + place]
-                    for index, one in enumerate(some):
-                        yield {
-                            "id": key, "prompt": text, "index": index, "text": decode(chat, one.ids),
-                            "token_ids": one.ids, "logprobs": one.logprobs, "finish_reason": one.finish_reason,
-                        }  # fmt: skip
-                advance(len(completions) * arguments.samples)
+    mesh = generation_mesh(MeshConfig(), source.config, arguments.dtype, make_mesh(-1, 1, 1))
+    params = load_params(source, mesh, arguments.dtype, GENERATION)
+    compute = llama.Compute(
+        arguments.dtype,
+        remat="none",
+        attention=attention_form("auto", source.config, arguments.dtype),
+        layout="generation",
+    )
+    rows = max(arguments.samples, min(arguments.rows, len(requests) * arguments.samples))
+    engine = engines.Engine(
+        source.config, compute, compute, params, mesh, chat.stop_ids, chat.vocabulary, rows, pad=64
+    )
+    with progress("generate", len(requests) * arguments.samples, "answers") as advance:
+        width = engines.per_part(engine, requests)
+        for part, completions, _ in engines.run(engine, how, requests, arguments.seed, "generate"):
+            for place, some in enumerate(completions):
+                key, text = kept[part * width + place]
+                for index, one in enumerate(some):
+                    yield {
+                        "id": key, "prompt": text, "index": index, "text": decode(chat, one.ids),
+                        "token_ids": one.ids, "logprobs": one.logprobs, "finish_reason": one.finish_reason,
+                    }  # fmt: skip
+            advance(len(completions) * arguments.samples)

@@ -7,23 +7,21 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from typing import Any
 
 import jax
 from etils import epath
 
-from selfreward_jax import estimate, recipe, workdir
+from selfreward_jax import estimate, loaded, lock, processes, recipe, workdir
 from selfreward_jax.config import OWN_JUDGES, Config, flat, free_fields
 from selfreward_jax.data.chat import load_chat
 from selfreward_jax.data.seeds import evaluation_texts, judge_rows, prompt_texts
 from selfreward_jax.errors import UserError
 from selfreward_jax.judging import templates
 from selfreward_jax.judging.endpoint import open_endpoint
-from selfreward_jax.model import llama
 from selfreward_jax.observe.progress import say
-from selfreward_jax.run import Run, open_fixed
-from selfreward_jax.sharding.mesh import make_mesh
-from selfreward_jax.sharding.rules import check_divides
+from selfreward_jax.run import Run
 from selfreward_jax.stages.seed import check_files
 from selfreward_jax.weights.fetch import cache_folder
 from selfreward_jax.weights.source import open_source
@@ -36,12 +34,17 @@ def use_compilation_cache(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def open_run(config: Config, root: epath.Path, mesh: jax.sharding.Mesh) -> Run:
+def open_run(config: Config, root: epath.Path) -> Run:
     """Opens tokenizer and model description; weights are read when a stage asks for them."""
     source = open_source(config.model.source, config.model.tokenizer or None)
-    check_divides(llama.logical_axes(source.config), llama.abstract(source.config), mesh)
     estimate.check_host(config, root, source.config.parameter_count())
-    return Run(config, root, mesh, source, load_chat(source.tokenizer, config.model.chat_template, source.eos_ids))
+    mesh = loaded.training_mesh(config, source.config)
+    grouped = loaded.generation_mesh(config.generation_mesh, source.config, config.model.compute_dtype, mesh)
+    chat = load_chat(source.tokenizer, config.model.chat_template, source.eos_ids)
+    form = loaded.attention_form(config.model.attention, source.config, config.model.compute_dtype)
+    run = Run(config, root, form, mesh, grouped, source, chat)
+    loaded.describe(run)
+    return run
 
 
 def check_inputs(config: Config) -> None:
@@ -79,16 +82,30 @@ def check_models(config: Config) -> None:
     """Opens the fixed judge and the fixed writer of prompts: a name that is wrong, or a gate that is closed."""
     judge, writer = config.judge.model, config.prompts.model
     if judge not in ("", *OWN_JUDGES, config.model.source) and not config.judge.endpoint_model:
-        open_fixed(judge, "--config.judge.model")
+        loaded.open_fixed(judge, "--config.judge.model")
     if config.prompts.source == "self_instruct" and writer not in ("", "current", config.model.source):
-        open_fixed(writer, "--config.prompts.model")
+        loaded.open_fixed(writer, "--config.prompts.model")
+
+
+def join(config: Config, arguments: argparse.Namespace) -> None:
+    """Joins the job's other processes, if there are any, as the command line says (`cli.add_place`)."""
+    place = processes.Place(
+        arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.join_timeout,
+        arguments.heartbeat_timeout,
+    )  # fmt: skip
+    same = {
+        "config": workdir.digest(flat(config))[:12],
+        "selfreward_jax": metadata.version("selfreward_jax"),
+        "jax": jax.__version__,
+    }
+    processes.start(place, same)
 
 
 def start(config: Config, root: epath.Path, arguments: argparse.Namespace) -> None:
     """Runs (or, for --dry_run, describes) the recipe of a config in a folder."""
     plan = recipe.stages(config)
     recipe.check_stop(plan, arguments.stop_after)
-    check_inputs(config)
+    processes.each(lambda: check_inputs(config))
     if config.model.parameters and not arguments.dry_run:
         estimate.check_host(config, root, config.model.parameters)
     if arguments.dry_run:
@@ -96,7 +113,7 @@ def start(config: Config, root: epath.Path, arguments: argparse.Namespace) -> No
         print("\n".join(estimate.table(config, root, [stage.name for stage in plan], parameters)))
         return
     if config.target not in ("sft", "m1"):
-        check_models(config)
+        processes.each(lambda: check_models(config))
     with _working(config, root, arguments.resume) as open_here:
         recipe.build_loop(config, root, open_here, arguments.stop_after)
 
@@ -112,12 +129,17 @@ def train(config: Config, loss: str, root: epath.Path, resume: str) -> None:
 
 @contextlib.contextmanager
 def _working(config: Config, root: epath.Path, resume: str) -> Iterator[Callable[[], Run]]:
-    """The folder locked, its config checked, the mesh set; gives what opens the run."""
+    """The folder locked and its config checked; gives what opens the run and sets its mesh."""
     use_compilation_cache(config.engine.cache)
-    with workdir.locked(root):
+    with lock.locked(root):
         workdir.check_config(root, flat(config), free_fields(), resume == "override")
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-        shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        say(f"workdir {root}; {jax.device_count()} {jax.devices()[0].platform} device(s), mesh {shape}")
-        with jax.set_mesh(mesh):
-            yield lambda: open_run(config, root, mesh)
+        job = f" of {processes.count()} processes" if processes.count() > 1 else ""
+        say(f"workdir {root}; {jax.device_count()} {jax.devices()[0].platform} device(s){job}")
+        with contextlib.ExitStack() as while_open:
+
+            def open_here() -> Run:
+                run = processes.each(lambda: open_run(config, root))
+                while_open.enter_context(jax.set_mesh(run.mesh))
+                return run
+
+            yield open_here

@@ -23,6 +23,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--resume", choices=("strict", "override"), default="strict", help="override: go on with a changed config"
     )
     parser.add_argument("--fields", action="store_true", help="list every config field with its default and source")
+    cli.add_place(parser)
     return cli.split(parser, argv)
 
 
@@ -36,6 +37,8 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from selfreward_jax import launch  # jax starts here: not before the config is right
 
     name = os.path.basename(arguments.config).replace(".py", "").replace(":", "-")
+    if not arguments.dry_run:
+        launch.join(config, arguments)
     launch.start(config, cli.folder(arguments.workdir or f"runs/{name}"), arguments)
 
 

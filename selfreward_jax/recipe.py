@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from selfreward_jax import workdir
+from selfreward_jax import processes, workdir
 from selfreward_jax.config import Config, flat, free_fields, models
 from selfreward_jax.errors import UserError
 from selfreward_jax.observe import report
@@ -212,9 +212,11 @@ def _is_file(name: str) -> bool:
 def _changed_files(root: epath.Path, stage: Stage) -> bool:
     """Whether a file that the stage was made from is there with another content; one that is gone changes nothing."""
     made_from = workdir.facts(root, stage.name).get("files", {})
-    changed = [
-        file for file, sum in made_from.items() if _is_file(file) and workdir.manifest(epath.Path(file)) != sum
-    ]
+    changed = processes.together(
+        lambda: [
+            file for file, sum in made_from.items() if _is_file(file) and workdir.manifest(epath.Path(file)) != sum
+        ]
+    )
     if changed:
         say(f"[{stage.name}] {', '.join(changed)} changed: done again")
     return bool(changed)
@@ -266,8 +268,7 @@ def build_loop(config: Config, root: epath.Path, open_run: Callable[[], Run], st
 
 def _clear(root: epath.Path, stage: Stage) -> None:
     for name in stage.scratch:
-        if (root / name).exists():
-            (root / name).rmtree()
+        workdir.remove(root / name)
 
 
 def _do(run: Run, config: Config, root: epath.Path, stage: Stage) -> None:
@@ -276,7 +277,7 @@ def _do(run: Run, config: Config, root: epath.Path, stage: Stage) -> None:
 
     began = time.monotonic()
     settings = settings_of(config, stage)
-    files = files_of(settings)
+    files = processes.together(lambda: files_of(settings))
     workdir.begin(root, stage.name, settings | files, at(stage.inputs), at(stage.partial))
     try:
         facts = stage.make(run)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 
-from selfreward_jax import workdir
-from selfreward_jax.config import OWN_JUDGES, Config, TrainConfig
+from selfreward_jax import processes, workdir
+from selfreward_jax.config import Config, TrainConfig
 from selfreward_jax.data import batches
-from selfreward_jax.data.chat import Chat, encode_prompt, load_chat
+from selfreward_jax.data.chat import Chat, encode_prompt
 from selfreward_jax.data.records import Judgment, Pair, Prompt, Response, read_records, to_json
-from selfreward_jax.errors import UserError
 from selfreward_jax.evaluation.judge import score_of
 from selfreward_jax.judging import templates
 from selfreward_jax.judging.pairs import Candidate
@@ -24,121 +23,37 @@ from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.observe.progress import progress
 from selfreward_jax.sampling import engine as engines
 from selfreward_jax.sampling.tokens import Sampling
-from selfreward_jax.sharding.rules import shardings
-from selfreward_jax.training import checkpoint
 from selfreward_jax.training.optimizer import Optimizer
 from selfreward_jax.training.trainer import Plan
-from selfreward_jax.weights.source import Source, load_params, open_source
+from selfreward_jax.weights.source import Source
+
+
+class Held(NamedTuple):
+    """Parameters in memory: of which model ("m0", "sft", "m1", …), in which layout (`sharding.rules.LAYOUTS`)."""
+
+    model: str
+    layout: str
+    params: llama.Params
 
 
 @dataclasses.dataclass
 class Run:
-    """One process working on one run.
+    """One run, as each of its processes knows it.
 
     Attributes:
-        held: (name, parameters) of the model that was used last, so that neighbouring stages load it once.
+        attention: the form of attention (`model.attention.attend`).
+        mesh, generation_mesh: the same devices as training and as sampling group them.
+        held: the model that was used last, so that neighbouring stages load it once.
     """
 
     config: Config
     root: epath.Path
+    attention: str
     mesh: jax.sharding.Mesh
+    generation_mesh: jax.sharding.Mesh
     source: Source
     chat: Chat
-    held: tuple[str, llama.Params] | None = None
-
-
-def compute(config: Config) -> llama.Compute:
-    """How the model runs while training and prefilling."""
-    form = attention_form(config.model.attention)
-    return llama.Compute(config.model.compute_dtype, config.model.unroll, config.model.remat, form)
-
-
-def attention_form(choice: str) -> str:
-    """The form of attention for this host: `auto` is "mapped" on a CPU and "plain" elsewhere."""
-    if choice != "auto":
-        return choice
-    return "mapped" if jax.default_backend() == "cpu" else "plain"
-
-
-def abstract_params(run: Run) -> llama.Params:
-    """Shapes, dtype and shardings of the parameters at training precision."""
-    config = run.source.config
-    placed = shardings(llama.logical_axes(config), run.mesh)
-    tree = llama.abstract(config, run.config.model.param_dtype)
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, placed)
-
-
-def params_of(run: Run, model: str) -> llama.Params:
-    """Parameters of "m0" (the source) or of a model that this run has trained; kept until another is asked for."""
-    if run.held is None or run.held[0] != model:
-        run.held = None  # freed before the next is read: two copies of a 70B do not fit
-        run.held = (model, fresh_params(run, model))
-    return run.held[1]
-
-
-def fresh_params(run: Run, model: str) -> llama.Params:
-    """As `params_of`, but always read anew: a copy of the caller's own."""
-    if model == "m0":
-        return load_params(run.source, run.mesh, run.config.model.param_dtype)
-    return checkpoint.load_params(run.root / model / "params", abstract_params(run))
-
-
-def take_params(run: Run, model: str) -> llama.Params:
-    """`params_of` for a caller that donates them to training: nobody else holds them afterwards."""
-    params = params_of(run, model)
-    run.held = None
-    return params
-
-
-def engine(run: Run, params: llama.Params) -> engines.Engine:
-    """A sampler over these parameters of the run's own model."""
-    return _engine(run, run.source, run.chat, params)
-
-
-def open_fixed(name: str, option: str) -> Source:
-    """`open_source` for a model that another option than `model.source` names."""
-    try:
-        return open_source(name)
-    except UserError as error:
-        raise UserError(*(line.replace("--config.model.source", option) for line in error.args)) from error
-
-
-def fixed_model(run: Run, name: str, option: str) -> tuple[engines.Engine, Chat]:
-    """A sampler over a model fixed in advance (a prompt writer, a judge), with its own tokenizer and template.
-
-    Another model's parameters are held in place of the run's own, in the compute dtype: they are never trained.
-    """
-    if name == run.config.model.source:
-        return engine(run, params_of(run, "m0")), run.chat
-    run.held = None
-    source = open_fixed(name, option)
-    chat = load_chat(source.tokenizer, "own" if source.tokenizer.chat_template else "llama2", source.eos_ids)
-    return _engine(run, source, chat, load_params(source, run.mesh, run.config.model.compute_dtype)), chat
-
-
-def prompt_writer(run: Run, before: str) -> tuple[engines.Engine, Chat]:
-    """The model that writes new prompts: `prompts.model`, M0 itself, or `before`, the model in training (A.5)."""
-    name = run.config.prompts.model
-    if name == "current":
-        return engine(run, params_of(run, before)), run.chat
-    return fixed_model(run, name or run.config.model.source, "--config.prompts.model")
-
-
-def judge_model(run: Run, before: str) -> tuple[engines.Engine, Chat]:
-    """The judge of `before`'s answers: `before` itself, or the one fixed in advance by `judge.model`."""
-    name = run.config.judge.model
-    if name in ("", *OWN_JUDGES):
-        return engine(run, params_of(run, name or before)), run.chat
-    return fixed_model(run, name, "--config.judge.model")
-
-
-def _engine(run: Run, source: Source, chat: Chat, params: llama.Params) -> engines.Engine:
-    training = compute(run.config)
-    return engines.Engine(
-        source.config, dataclasses.replace(training, remat="none"),
-        dataclasses.replace(training, remat="none", unroll=min(run.config.model.decode_unroll, source.config.layers)),
-        params, run.mesh, chat.stop_ids, chat.vocabulary, run.config.engine.rows, run.config.engine.pad,
-    )  # fmt: skip
+    held: Held | None = None
 
 
 def sampling(run: Run, part: Any) -> Sampling:
@@ -182,8 +97,8 @@ def read_ours(path: epath.Path, cls: type) -> list[Any]:
 
 def read_parts(directory: epath.Path, cls: type) -> list[Any]:
     """Records of all part files of a finished stage, in order; what a kill left half-written is no part."""
-    files = sorted(directory.glob("part-*.jsonl"), key=lambda path: path.name)
-    return [record for file in files for record in read_ours(file, cls)]
+    names = processes.together(lambda: sorted(path.name for path in directory.glob("part-*.jsonl")))
+    return [record for name in names for record in read_ours(directory / name, cls)]
 
 
 def judged(run: Run, model: str) -> Iterator[tuple[Prompt, dict[int, Response], list[Candidate]]]:
@@ -236,7 +151,7 @@ def sample_parts(
         return []
     width = engines.per_part(model, requests)
     files = workdir.parts(directory, -(-len(requests) // width))
-    there = [file.exists() for file in files]
+    there = workdir.exist(files)
     per_request = len(requests[0].keys)
     done = sum(len(requests[i * width : (i + 1) * width]) * per_request for i, exists in enumerate(there) if exists)
     fallbacks = tokens = 0

@@ -33,6 +33,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--resume", choices=("strict", "override"), default="strict", help="override: go on with a changed config"
     )
+    cli.add_place(parser)
     return cli.split(parser, argv)
 
 
@@ -52,6 +53,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from selfreward_jax import launch  # jax starts here: not before the config is right
 
     root = cli.folder(arguments.workdir)
+    launch.join(checked, arguments)
     launch.train(checked, arguments.loss, root, arguments.resume)
     print(root / "trained" / "model")
 

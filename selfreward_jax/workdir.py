@@ -1,7 +1,9 @@
-"""A run's folder: atomic files, the record of finished stages, and the lock. Local or gs:// (etils.epath).
+"""A run's folder: atomic files and the record of finished stages. Local or gs:// (etils.epath).
 
 A stage is done when its `stages/NAME.json` exists, was made from the inputs that are there now, and its outputs are
 there as it left them. What a half-finished stage wrote is kept only if it was begun with the same settings.
+
+All processes of a job call these functions in step: process 0 reads and writes for all (`processes.together`).
 """
 
 from __future__ import annotations
@@ -11,20 +13,31 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import IO, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
+from selfreward_jax import processes, stores
 from selfreward_jax.errors import UserError
 
 
 def write_text(path: epath.Path, text: str) -> None:
-    """Writes a file whole or not at all: a temporary name in the same folder, then a rename.
+    """Writes a file whole or not at all: a temporary name in the same folder, then a rename; there for all on return.
+
+    An object store has no rename, and publishes an object when it is written: there the file is written at once.
 
     Raises:
         UserError: if the disk is full or the folder can't be written; nothing is left under the final name.
     """
+    processes.together(lambda: _put(path, text))
+
+
+def _put(path: epath.Path, text: str) -> None:
+    if stores.is_remote(path):
+        with stores.writing(path) as write:
+            write(text.encode())
+        return
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +66,7 @@ def read_json(path: epath.Path) -> Any:
         UserError: if it is not JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(stores.read_whole(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON on line {error.lineno}; delete it to have its stage done again") from error
 
@@ -75,7 +88,7 @@ def manifest(path: epath.Path) -> str:
     """Identity of a file (its bytes) or a folder (names and sizes of all its files; parameters are big)."""
     if path.is_dir():
         return digest(sorted((str(file.relative_to(path)), file.stat().length) for file in _files(path)))
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(stores.read_whole(path)).hexdigest()
 
 
 def _entry(root: epath.Path, paths: Iterable[epath.Path]) -> dict[str, str]:
@@ -90,6 +103,10 @@ def record_path(root: epath.Path, stage: str) -> epath.Path:
 
 def is_done(root: epath.Path, stage: str) -> bool:
     """Whether the stage's record matches the inputs and outputs that are there."""
+    return processes.together(lambda: _matches(root, stage))
+
+
+def _matches(root: epath.Path, stage: str) -> bool:
     path = record_path(root, stage)
     if not path.exists():
         return False
@@ -114,16 +131,23 @@ def begin(
         inputs: files that it reads.
         partial: files and folders of the stage that a resume would continue; deleted if they are of another start.
     """
+    processes.together(lambda: _begin(root, stage, settings, inputs, partial))
+
+
+def _begin(
+    root: epath.Path,
+    stage: str,
+    settings: Mapping[str, Any],
+    inputs: Iterable[epath.Path],
+    partial: Iterable[epath.Path],
+) -> None:
     mark = record_path(root, stage).with_suffix(".begun.json")
     identity = digest([dict(settings), _entry(root, inputs)])
     record_path(root, stage).unlink(missing_ok=True)
     if mark.exists() and read_json(mark)["identity"] == identity:
         return
     for path in partial:
-        if path.is_dir():
-            path.rmtree()
-        else:
-            path.unlink(missing_ok=True)
+        _remove(path)
     write_json(mark, {"identity": identity})
 
 
@@ -140,6 +164,17 @@ def finish(
     Args:
         facts: counts, drops by reason and figures, for the closing line and the report.
     """
+    processes.together(lambda: _finish(root, stage, inputs, outputs, seconds, facts))
+
+
+def _finish(
+    root: epath.Path,
+    stage: str,
+    inputs: Iterable[epath.Path],
+    outputs: Iterable[epath.Path],
+    seconds: float,
+    facts: Mapping[str, Any],
+) -> None:
     path = record_path(root, stage)
     record = {
         "stage": stage, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": round(seconds, 3),
@@ -152,49 +187,30 @@ def finish(
 def facts(root: epath.Path, stage: str) -> dict[str, Any]:
     """The facts of a finished stage, with its seconds; {} if it has no record."""
     path = record_path(root, stage)
-    if not path.exists():
-        return {}
-    record = read_json(path)
-    return record["facts"] | {"seconds": record["seconds"]}
+    record = processes.together(lambda: read_json(path) if path.exists() else {})
+    return record["facts"] | {"seconds": record["seconds"]} if record else {}
+
+
+def exist(paths: Sequence[epath.Path]) -> list[bool]:
+    """Which of these are there, as process 0 sees it."""
+    return processes.together(lambda: [path.exists() for path in paths])
+
+
+def remove(path: epath.Path) -> None:
+    """Deletes a file or a folder, if it is there."""
+    processes.together(lambda: _remove(path))
+
+
+def _remove(path: epath.Path) -> None:
+    if path.is_dir():
+        path.rmtree()
+    else:
+        path.unlink(missing_ok=True)
 
 
 def parts(directory: epath.Path, count: int) -> list[epath.Path]:
     """Names of the parts of a long output: `part-00003-of-00040.jsonl`."""
     return [directory / f"part-{index:05d}-of-{count:05d}.jsonl" for index in range(count)]
-
-
-@contextlib.contextmanager
-def locked(root: epath.Path) -> Iterator[None]:
-    """Holds the run's lock while the process lives (the system frees it when the process dies).
-
-    Raises:
-        UserError: if another living process holds it, or the folder can't be written.
-    """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        # Object stores have no locks that die with a process.
-        held = contextlib.nullcontext() if "://" in str(root) else open(os.fspath(root / ".lock"), "a+")  # noqa: SIM115
-    except OSError as error:
-        raise disk_error(root, error) from error
-    with held as file:
-        if file is not None:
-            _hold(root, file)
-        yield
-
-
-def _hold(root: epath.Path, file: IO[str]) -> None:
-    import fcntl  # POSIX only; imported here so that reading a workdir works elsewhere
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        owner = file.read().strip() or "?"
-        raise UserError(f"--workdir={root}: process {owner} is working here; wait for it or stop it") from error
-    file.seek(0)
-    file.truncate()
-    file.write(str(os.getpid()))
-    file.flush()
 
 
 def check_config(root: epath.Path, resolved: Mapping[str, Any], free: set[str], override: bool) -> None:
@@ -208,6 +224,10 @@ def check_config(root: epath.Path, resolved: Mapping[str, Any], free: set[str], 
     Raises:
         UserError: a line for each field that changed.
     """
+    processes.together(lambda: _check_config(root, resolved, free, override))
+
+
+def _check_config(root: epath.Path, resolved: Mapping[str, Any], free: set[str], override: bool) -> None:
     path = root / "config.json"
     resolved = json.loads(json.dumps(resolved))  # as it will be read back: a tuple is a list there
     if path.exists() and not override:

@@ -220,7 +220,7 @@ def _nothing_starts(monkeypatch):
     monkeypatch.setattr(launch, "open_source", never)
     monkeypatch.setattr(fetch, "hub", never)
     monkeypatch.setattr(recipe, "build", never)
-    monkeypatch.setattr(launch.workdir, "locked", never)
+    monkeypatch.setattr(launch.lock, "locked", never)
 
 
 @pytest.mark.usefixtures("_nothing_starts")

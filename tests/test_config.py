@@ -85,7 +85,7 @@ def test_a_field_of_the_wrong_type_makes_no_contradiction_of_its_own():
         ("seed", -1, "from 0 to 2**32 - 1"),
         ("model.param_dtype", "bfloat16", "at lr 1e-6 plain rounding"),
         ("model.compute_dtype", "float16", "float32 or bfloat16"),
-        ("model.attention", "flash", "auto, plain or mapped"),
+        ("model.attention", "flash", "auto, plain, mapped, cudnn or splash"),
         ("model.remat", "some", "none, dots or full"),
         ("model.unroll", 0, "at least 1"),
         ("sft.lr_end", 1.0, "between 0 and sft.lr"),
@@ -553,7 +553,9 @@ def open_with(tmp_path, mesh, **fields):
 
     from selfreward_jax import launch
 
-    return launch.open_run(changed(model=fields), epath.Path(tmp_path), mesh)
+    run = launch.open_run(changed(model=fields), epath.Path(tmp_path))
+    run.mesh = run.generation_mesh = mesh
+    return run
 
 
 @functools.cache
@@ -586,10 +588,10 @@ def hidden(run):
     """Hidden states of a forward pass as training and prefilling do it."""
     import jax
 
+    from selfreward_jax.loaded import compute, params_of
     from selfreward_jax.model import llama
-    from selfreward_jax.run import compute, params_of
 
-    states = llama.hidden_states(run.source.config, compute(run.config), params_of(run, "m0"), TOKENS, POSITIONS)
+    states = llama.hidden_states(run.source.config, compute(run), params_of(run, "m0"), TOKENS, POSITIONS)
     return np.asarray(jax.device_get(states), np.float32)
 
 
@@ -603,25 +605,25 @@ def training_program(run):
     """The jaxpr of a gradient: what XLA is asked to compile."""
     import jax
 
+    from selfreward_jax.loaded import abstract_params, compute
     from selfreward_jax.model import llama
-    from selfreward_jax.run import abstract_params, compute
 
     def loss(params):
-        return llama.hidden_states(run.source.config, compute(run.config), params, TOKENS, POSITIONS).sum()
+        return llama.hidden_states(run.source.config, compute(run), params, TOKENS, POSITIONS).sum()
 
     return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(jax.grad(loss))(abstract_params(run))))
 
 
 def decoding_program(run):
     """The lowered program of sampling, as the run's engine calls it."""
-    from selfreward_jax.run import engine, params_of
+    from selfreward_jax.loaded import engine
     from selfreward_jax.sampling import decode
     from selfreward_jax.sampling.tokens import Sampling
     from selfreward_jax.sharding.place import place
 
-    e = engine(run, params_of(run, "m0"))
+    e = engine(run, "m0")
     prompts, lengths, keys = (
-        place(x, run.mesh) for x in (TOKENS, np.full(2, 8, np.int32), np.ones((2, 1), np.int32))
+        place(x, e.mesh, e.rules) for x in (TOKENS, np.full(2, 8, np.int32), np.ones((2, 1), np.int32))
     )
     lowered = decode.sample.lower(
         e.config, e.compute, e.decode_compute, Sampling(max_new_tokens=4), np.uint32(0), np.uint32(0), e.vocabulary,
@@ -633,10 +635,11 @@ def decoding_program(run):
 def exported_dtypes(run):
     from safetensors.numpy import load_file
 
-    from selfreward_jax.run import params_of
+    from selfreward_jax.loaded import params_of
+    from selfreward_jax.run import Held
     from selfreward_jax.stages import export
 
-    run.held = ("sft", params_of(run, "m0"))
+    run.held = Held("sft", "training", params_of(run, "m0"))
     export.make(run, "sft")
     return {str(tensor.dtype) for tensor in load_file(run.root / "sft" / "model" / "model.safetensors").values()}
 

@@ -20,10 +20,9 @@ from selfreward_jax.data.chat import encode_text
 from selfreward_jax.data.records import Example, Judgment, RankedSet, read_records
 from selfreward_jax.errors import UserError
 from selfreward_jax.judging import templates
-from selfreward_jax.run import Run, read_parts, write_records
+from selfreward_jax.run import Held, Run, read_parts, write_records
 from selfreward_jax.sampling import engine as engines
 from selfreward_jax.sampling.engine import Completion
-from selfreward_jax.sharding.mesh import make_mesh
 from selfreward_jax.stages import eft
 
 Votes = Sequence[Any]  # of one reply: a score, text, or (text, finish reason) for each judgment
@@ -32,10 +31,9 @@ Build = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    mesh = make_mesh(2, 2, 2)
-    with jax.set_mesh(mesh):
-        config = from_config_dict(presets.get("m1", "tiny"))
-        yield launch.open_run(config, epath.Path(tmp_path_factory.mktemp("eft")), mesh)
+    made = launch.open_run(from_config_dict(presets.get("m1", "tiny")), epath.Path(tmp_path_factory.mktemp("eft")))
+    with jax.set_mesh(made.mesh):
+        yield made
 
 
 @pytest.fixture
@@ -50,7 +48,7 @@ def build(opened: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build
     ) -> dict[str, Any]:
         settings = dataclasses.replace(opened.config.eft, source="build", file="", **fields)
         config = dataclasses.replace(opened.config, eft=settings, seed=seed)
-        run = dataclasses.replace(opened, config=config, root=epath.Path(tmp_path), held=("sft", None))
+        run = dataclasses.replace(opened, config=config, root=epath.Path(tmp_path), held=Held("sft", "generation", None))
         ranked = [
             RankedSet(f"s{i}", f"Question {i}?", tuple(f"Reply {j} of {i}." for j in range(len(ranks))), tuple(ranks))
             for i, (ranks, _) in enumerate(sets)

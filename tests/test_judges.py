@@ -15,19 +15,21 @@ from selfreward_jax.config import from_config_dict
 from selfreward_jax.data.chat import encode_text
 from selfreward_jax.data.records import Judgment, Prompt, Response
 from selfreward_jax.errors import UserError
-from selfreward_jax.run import params_of, read_parts, write_records
-from selfreward_jax.sharding.mesh import make_mesh
+from selfreward_jax.loaded import params_of
+from selfreward_jax.run import read_parts, write_records
 from selfreward_jax.stages import judgments, pairs, positives
 from selfreward_jax.training import checkpoint
 
 
 def opened(root, **judge):
-    mesh = make_mesh(2, 2, 2)
     raw = presets.get("m2", "tiny")
     raw.judge.max_new_tokens = 8
     for name, value in judge.items():
         raw.judge[name] = value
-    return launch.open_run(from_config_dict(raw), epath.Path(root), mesh), mesh
+    for mesh in (raw.mesh, raw.generation_mesh):
+        mesh.data = mesh.fsdp = mesh.tensor = 2
+    run = launch.open_run(from_config_dict(raw), epath.Path(root))
+    return run, run.mesh
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from selfreward_jax import launch, presets, recipe, workdir
 from selfreward_jax.config import Config, from_config_dict
 from selfreward_jax.data.records import Pair, Prompt, RankedSet, read_records, to_json
 from selfreward_jax.errors import UserError
-from selfreward_jax.run import Run, abstract_params, params_of, read_parts, write_records
-from selfreward_jax.sharding.mesh import make_mesh
+from selfreward_jax.loaded import abstract_params, params_of
+from selfreward_jax.run import Held, Run, read_parts, write_records
 from selfreward_jax.stages import eft, pairs, prompts, reference, seed, train_dpo, train_sft
 from selfreward_jax.training import checkpoint
 
@@ -34,6 +34,8 @@ def config(**changes: Any) -> Config:
         for name, value in changes.items():
             group, field = name.split("__")
             raw[group][field] = value
+        for group in ("mesh", "generation_mesh"):
+            raw[group] = {"data": 2, "fsdp": 2, "tensor": 2}
     return from_config_dict(raw)
 
 
@@ -41,9 +43,8 @@ def config(**changes: Any) -> Config:
 def run(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
     """A run of the tiny preset with its seed split done; `indirect` parameters change config fields."""
     settings = config(**getattr(request, "param", {}))
-    mesh = make_mesh(2, 2, 2)
-    with jax.set_mesh(mesh):
-        opened = launch.open_run(settings, epath.Path(tmp_path), mesh)
+    opened = launch.open_run(settings, epath.Path(tmp_path))
+    with jax.set_mesh(opened.mesh):
         first = recipe.stages(settings)[0]
         first.make(opened)
         yield opened
@@ -147,8 +148,7 @@ def test_top_up_fills_a_short_pool_and_says_so(run: Run, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("run", [{"eft__source": "build", "eft__train_sets": 2}], indirect=True)
 def test_building_eft_without_a_yield_names_the_file_way(run: Run) -> None:
-    params = params_of(run, "m0")  # random weights: no judgment has a score
-    run.held = ("sft", params)
+    run.held = Held("sft", "training", params_of(run, "m0"))  # random weights: no judgment has a score
     with pytest.raises(UserError) as caught:
         eft.make(run)
     text = str(caught.value)

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from etils import epath
 
-from selfreward_jax import workdir
+from selfreward_jax import lock, workdir
 from selfreward_jax.errors import UserError
+from selfreward_jax.observe import metrics
 
 
 @pytest.fixture
@@ -77,8 +78,8 @@ def test_partial_output_is_kept_only_with_the_same_settings(root: epath.Path) ->
 
 def test_a_second_process_is_refused_while_the_first_lives(root: epath.Path) -> None:
     code = (
-        "import sys\nfrom etils import epath\nfrom selfreward_jax import workdir\n"
-        "with workdir.locked(epath.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+        "import sys\nfrom etils import epath\nfrom selfreward_jax import lock\n"
+        "with lock.locked(epath.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     repository = str(Path(__file__).resolve().parents[1])
     child = subprocess.Popen(
@@ -86,17 +87,17 @@ def test_a_second_process_is_refused_while_the_first_lives(root: epath.Path) -> 
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match=f"process {child.pid} is working here"), workdir.locked(root):
+    with pytest.raises(UserError, match=f"process {child.pid} on .* is working here"), lock.locked(root):
         pass
     child.kill()
     child.communicate()
-    with workdir.locked(root):  # the system freed it with the process
-        assert (root / ".lock").read_text() == str(os.getpid())
+    with lock.locked(root):  # the system freed it with the process
+        assert (root / ".lock").read_text().startswith(f"{os.getpid()} on ")
 
 
 def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError) as caught, workdir.locked(epath.Path(tmp_path / "file" / "run")):
+    with pytest.raises(UserError) as caught, lock.locked(epath.Path(tmp_path / "file" / "run")):
         pass
     assert len(caught.value.args) == 1
 
@@ -118,3 +119,37 @@ def test_a_record_that_is_not_json_says_so(root: epath.Path) -> None:
     workdir.write_text(workdir.record_path(root, "m2/pairs"), "{")
     with pytest.raises(UserError, match=r"not JSON on line 1; delete it"):
         workdir.is_done(root, "m2/pairs")
+
+
+def test_a_folder_on_an_object_store(bucket, capsys: pytest.CaptureFixture[str]) -> None:
+    root = epath.Path("gs://bucket/run")
+    with lock.locked(root):
+        assert "bucket/run/.lock.json" in bucket.objects
+        with pytest.raises(UserError, match="is working here"), lock.locked(root):
+            pass
+        workdir.check_config(root, {"seed": 0}, set(), override=False)
+        part = workdir.parts(root / "m2" / "responses", 2)[0]
+        workdir.begin(root, "m2/responses", {"n": 4}, [], [root / "m2" / "responses"])
+        workdir.write_text(part, "one\n")
+        workdir.begin(root, "m2/responses", {"n": 4}, [], [root / "m2" / "responses"])  # a resume keeps it
+        assert workdir.exist([part, part.parent / "part-00001-of-00002.jsonl"]) == [True, False]
+        workdir.finish(root, "m2/responses", [], [part], 1.0, {"responses": 1})
+        assert workdir.is_done(root, "m2/responses") and workdir.facts(root, "m2/responses")["responses"] == 1
+        workdir.write_text(part, "two\n")
+        assert not workdir.is_done(root, "m2/responses")
+        write, close = metrics.writer(root / "m2" / "metrics")
+        write({"step": 0, "loss": 1.5})
+        close()
+        assert metrics.read(root / "m2" / "metrics") == [{"step": 0, "loss": 1.5}]
+    assert "bucket/run/.lock.json" not in bucket.objects
+    assert not any(name.endswith(".tmp") for name in bucket.objects)
+
+
+def test_a_store_without_credentials_is_one_line(bucket) -> None:
+    def refuse(what: str, path: str) -> None:
+        raise OSError("Anonymous caller does not have storage.objects.list access")
+
+    bucket.fault = refuse
+    with pytest.raises(UserError, match=r"gs://bucket/run: cannot be listed .*gcloud auth") as caught, lock.locked(epath.Path("gs://bucket/run")):
+        pass
+    assert len(caught.value.args) == 1

@@ -19,7 +19,7 @@ from selfreward_jax.data.records import Judgment
 from selfreward_jax.judging.scores import read_score
 from selfreward_jax.judging.templates import Template
 from selfreward_jax.sampling.engine import Engine
-from selfreward_jax.sharding.place import place
+from selfreward_jax.sharding.place import fetch, place
 from selfreward_jax.training.logprobs import Batch
 from selfreward_jax.training.step import logprob_pass
 
@@ -88,12 +88,11 @@ def with_expected(
             positions[index, : len(seen)] = np.arange(len(seen))
             at[index] = len(seen) - 1
             targets[index] = found[1]
-    batch = Batch(
-        *(place(array, model.mesh) for array in (tokens, positions, at, targets, np.ones(at.shape, np.float32)))
-    )
-    logps = np.asarray(
-        jax.device_get(logprob_pass(model.config, model.compute, count, model.params, batch)), np.float64
-    )
+    arrays = (tokens, positions, at, targets, np.ones(at.shape, np.float32))
+    with jax.set_mesh(model.mesh):
+        batch = Batch(*(place(array, model.mesh, model.rules) for array in arrays))
+        logps = fetch(logprob_pass(model.config, model.compute, count, model.params, batch), model.mesh)
+    logps = logps.astype(np.float64)
     scores = np.arange(template.low, template.high + 1)
     out = []
     for (_, judgment), found, row in zip(judged, placed, logps, strict=False):

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from selfreward_jax.model.attention import Keys, attend, spec_of
 from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.model.rope import angles, rotate
-from selfreward_jax.sharding.rules import COMPUTED, STORED, is_axes, spec
+from selfreward_jax.sharding.rules import LAYOUTS, STORED, is_axes, spec
 
 Params = dict[str, Any]
 
@@ -31,7 +31,8 @@ class Compute:
     Attributes:
         dtype: of activations and of the weights while they are used, "float32" or "bfloat16".
         unroll: layers a step of the scan; the number of layers unrolls it wholly (16 % faster decoding on a CPU).
-        attention: "plain" or "mapped", see `attention.attend`.
+        attention: "plain", "mapped", "cudnn" or "splash", see `attention.attend`.
+        layout: of the parameters, "training" or "generation" (`sharding.rules.LAYOUTS`).
         remat: what the backward pass keeps: "none" keeps all, "full" recomputes each layer, "dots" keeps matmuls.
     """
 
@@ -39,6 +40,7 @@ class Compute:
     unroll: int = 1
     remat: str = "full"
     attention: str = "plain"
+    layout: str = "training"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,15 +199,16 @@ def init(config: LlamaConfig, key: jax.Array, dtype: str = "float32") -> Params:
     return jax.tree.map(lambda a: a.astype(dtype), params)
 
 
-def _use(weights: Params, axes: Params, dtype: str) -> Params:
-    """Weights in compute dtype and layout: the all-gather over `fsdp`, after the cast so that it moves fewer bytes."""
-    cast = lambda w, a: jax.sharding.reshard(w.astype(dtype), spec(a, COMPUTED))  # noqa: E731
+def _use(weights: Params, axes: Params, compute: Compute) -> Params:
+    """Weights in compute dtype and layout: in training an all-gather over `fsdp`, after the cast as it moves fewer bytes."""
+    rules = LAYOUTS[compute.layout][1]
+    cast = lambda w, a: jax.sharding.reshard(w.astype(compute.dtype), spec(a, rules))  # noqa: E731
     return jax.tree.map(cast, weights, axes, is_leaf=lambda node: is_axes(node))
 
 
 def _embed(config: LlamaConfig, compute: Compute, params: Params, tokens: jax.Array) -> jax.Array:
     with jax.named_scope("embed"):
-        table = _use({"w": params["embed"]}, {"w": ("vocab", "embed")}, compute.dtype)["w"]
+        table = _use({"w": params["embed"]}, {"w": ("vocab", "embed")}, compute)["w"]
         return table.at[tokens].get(out_sharding=P(*spec_of(tokens), None))
 
 
@@ -245,7 +248,7 @@ def _run_layers(
             keep = jax.random.bernoulli(key, 1.0 - dropout.rate, branch.shape, out_sharding=P(*spec_of(branch)))
             return jnp.where(keep, branch / (1.0 - dropout.rate), 0).astype(branch.dtype)
 
-        block = nnx.merge(definition, _use(weights, axes, compute.dtype))
+        block = nnx.merge(definition, _use(weights, axes, compute))
         with jax.named_scope("block"):
             x, kept = block(x, rotation, read_layer, drop)
         return (x, held[0]), kept
@@ -366,8 +369,8 @@ def _layer(caches: tuple[Keys, ...], index: jax.Array) -> tuple[Keys, ...]:
 def head_weights(config: LlamaConfig, compute: Compute, params: Params) -> jax.Array:
     """The head `[D,V]` in the compute dtype, gathered over `fsdp` once (outside any loop over tokens)."""
     if config.tied:
-        return _use({"w": params["embed"]}, {"w": ("vocab", "embed")}, compute.dtype)["w"].T
-    return _use({"w": params["head"]}, {"w": ("embed", "vocab")}, compute.dtype)["w"]
+        return _use({"w": params["embed"]}, {"w": ("vocab", "embed")}, compute)["w"].T
+    return _use({"w": params["head"]}, {"w": ("embed", "vocab")}, compute)["w"]
 
 
 def logits(head: jax.Array, hidden: jax.Array) -> jax.Array:

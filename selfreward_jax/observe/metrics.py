@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 
 from etils import epath
+
+from selfreward_jax import processes, stores
+
+_REMOTE_EVERY = 30.0  # seconds
 
 
 def writer(directory: epath.Path) -> tuple[Callable[[Mapping[str, float | int]], None], Callable[[], None]]:
@@ -14,9 +19,15 @@ def writer(directory: epath.Path) -> tuple[Callable[[Mapping[str, float | int]],
     Returns:
         `write(row)`, which adds one line and flushes, and `close()`.
     """
+    if processes.index():
+        return lambda row: None, lambda: None
     directory.mkdir(parents=True, exist_ok=True)
-    index = sum(1 for path in directory.iterdir() if path.name.startswith("segment-"))
-    file = (directory / f"segment-{index:05d}.jsonl").open("w")
+    here = directory.iterdir() if directory.exists() else []  # an object store makes no empty folder
+    index = sum(path.name.startswith("segment-") for path in here)
+    path = directory / f"segment-{index:05d}.jsonl"
+    if "://" in str(directory):
+        return _remote(path)
+    file = path.open("w")
 
     def write(row: Mapping[str, float | int]) -> None:
         file.write(json.dumps(dict(row)) + "\n")
@@ -25,13 +36,39 @@ def writer(directory: epath.Path) -> tuple[Callable[[Mapping[str, float | int]],
     return write, file.close
 
 
+def _remote(path: epath.Path) -> tuple[Callable[[Mapping[str, float | int]], None], Callable[[], None]]:
+    """A segment on an object store, which cannot append: written whole every half minute and at the end."""
+    lines: list[str] = []
+    last = time.monotonic()
+
+    def close() -> None:
+        nonlocal last
+        with stores.writing(path) as send:
+            send("".join(lines).encode())
+        last = time.monotonic()
+
+    def write(row: Mapping[str, float | int]) -> None:
+        lines.append(json.dumps(dict(row)) + "\n")
+        if time.monotonic() - last > _REMOTE_EVERY:
+            close()
+
+    return write, close
+
+
 def read(directory: epath.Path) -> list[dict[str, float]]:
-    """All rows of a metrics folder by step; a step that a later process did again counts once, as redone."""
+    """All rows of a metrics folder by step; a step that a later process did again counts once, as redone.
+
+    All processes of a job call this in step.
+    """
+    return processes.together(lambda: _read(directory))
+
+
+def _read(directory: epath.Path) -> list[dict[str, float]]:
     rows: dict[int, dict[str, float]] = {}
     if not directory.exists():
         return []
     for path in sorted(directory.iterdir(), key=lambda p: p.name):
-        for line in path.read_text().splitlines():
+        for line in stores.read_whole(path).decode().splitlines():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from selfreward_jax import processes
+
 # Without a terminal (a log file, a pod's log) a line is printed this often, seconds.
 LOG_EVERY = float(os.environ.get("SELFREWARD_LOG_EVERY", "5"))
 
@@ -19,7 +21,9 @@ Advance = Callable[..., None]
 
 
 def say(line: str) -> None:
-    """Prints one line at once; every message of a run goes through here."""
+    """Prints one line at once, by process 0; every message of a run goes through here."""
+    if processes.index():
+        return
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
@@ -50,7 +54,7 @@ def progress(name: str, total: int, unit: str, done: int = 0) -> Iterator[Advanc
     Yields:
         `advance(count, note="")`: count units more are done; the note is shown at the end of the line.
     """
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and not processes.index():
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
             TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),

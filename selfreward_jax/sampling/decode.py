@@ -13,7 +13,7 @@ from selfreward_jax.model import llama
 from selfreward_jax.model.attention import NOWHERE, Keys, spec_of
 from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.sampling.tokens import Sampling, choose, request_keys
-from selfreward_jax.sharding.rules import BATCH
+from selfreward_jax.sharding.rules import LAYOUTS
 
 
 class Sampled(NamedTuple):
@@ -72,6 +72,8 @@ def sample(
     Returns:
         Completions of R = P x n rows, prompt by prompt.
     """
+    rules = LAYOUTS[compute.layout][0]
+    split = rules["rows"]
     count, time = prompts.shape
     samples = requests.shape[1]
     rows = count * samples
@@ -85,9 +87,9 @@ def sample(
 
     def spread(x: jax.Array) -> jax.Array:  # [P,...] -> [R,...]
         wide = jnp.broadcast_to(
-            x[:, None], (count, samples, *x.shape[1:]), out_sharding=P(BATCH, None, *spec_of(x)[1:])
+            x[:, None], (count, samples, *x.shape[1:]), out_sharding=P(split, None, *spec_of(x)[1:])
         )
-        return wide.reshape(rows, *x.shape[1:], out_sharding=P(BATCH, *spec_of(x)[1:]))
+        return wide.reshape(rows, *x.shape[1:], out_sharding=P(split, *spec_of(x)[1:]))
 
     def score(hidden: jax.Array) -> jax.Array:  # logits [.., V] gathered over `tensor`: choosing needs whole rows
         whole = jax.sharding.reshard(llama.logits(head, hidden), P(*spec_of(hidden)[:1], None))
@@ -97,11 +99,11 @@ def sample(
             else jnp.where(jnp.arange(whole.shape[-1]) < vocabulary, whole, -jnp.inf)
         )
 
-    keys = request_keys(seed, phase, requests.reshape(rows, out_sharding=P(BATCH)))
+    keys = request_keys(seed, phase, requests.reshape(rows, out_sharding=P(split)))
     caches = (*prefix, prompt_keys)
     own_shape = (config.layers, rows, sampling.max_new_tokens, config.kv_heads, config.head_dim)
-    blank = jnp.zeros(own_shape, compute.dtype, out_sharding=P(None, BATCH, None, "tensor", None))
-    nowhere = jnp.full((rows, sampling.max_new_tokens), NOWHERE, jnp.int32, out_sharding=P(BATCH, None))
+    blank = jnp.zeros(own_shape, compute.dtype, out_sharding=P(None, split, None, rules["kv_heads"], None))
+    nowhere = jnp.full((rows, sampling.max_new_tokens), NOWHERE, jnp.int32, out_sharding=P(split, None))
     ends = spread(start + lengths)
     idle = spread(lengths) == 0
 
@@ -126,8 +128,8 @@ def sample(
             "fallbacks": state["fallbacks"] + jnp.sum(fell_back & live),
         }
 
-    table = jnp.zeros((rows, sampling.max_new_tokens), out_sharding=P(BATCH, None))
-    flags = jnp.zeros((rows,), bool, out_sharding=P(BATCH))
+    table = jnp.zeros((rows, sampling.max_new_tokens), out_sharding=P(split, None))
+    flags = jnp.zeros((rows,), bool, out_sharding=P(split))
     state: dict[str, Any] = {
         "at": jnp.ones((), jnp.int32), "own": Keys(blank, blank, nowhere), "token": flags.astype(jnp.int32),
         "tokens": table.astype(jnp.int32), "logps": table, "lengths": flags.astype(jnp.int32),

@@ -15,7 +15,8 @@ from selfreward_jax.model.attention import Keys
 from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.sampling import decode
 from selfreward_jax.sampling.tokens import Sampling
-from selfreward_jax.sharding.place import place, rows_multiple
+from selfreward_jax.sharding.place import fetch, place, rows_multiple
+from selfreward_jax.sharding.rules import LAYOUTS, Rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Engine:
     """A model that is ready to sample.
 
     Attributes:
+        compute, decode_compute: how prompts are read, and how single tokens are; both in the layout of `params`.
         params: parameters on the mesh.
         stop_ids: a completion ends after one of these.
         vocabulary: ids from here on are padding rows of the head and are never sampled.
@@ -39,6 +41,11 @@ class Engine:
     vocabulary: int
     rows: int
     pad: int
+
+    @property
+    def rules(self) -> Rules:
+        """Which mesh axes the parameters and the rows of a batch are cut over."""
+        return LAYOUTS[self.compute.layout][0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +80,7 @@ def per_part(engine: Engine, requests: Sequence[Request]) -> int:
 
 def padded(engine: Engine, count: int) -> int:
     """Rows of a batch that holds `count`: the next multiple of the mesh's row shards."""
-    multiple = rows_multiple(engine.mesh)
+    multiple = rows_multiple(engine.mesh, engine.rules)
     return -(-count // multiple) * multiple
 
 
@@ -92,34 +99,50 @@ def run(
     """
     if not requests:
         return
-    samples = len(requests[0].keys)
     width = per_part(engine, requests)
     shared = _shared_prefix(requests)
     longest = max(len(request.ids) for request in requests) - len(shared)
     time = -(-longest // engine.pad) * engine.pad
     prefix: tuple[Keys, ...] | None = None
-    stop_ids = np.asarray(engine.stop_ids, np.int32)
     for part in range(-(-len(requests) // width)):
         if part < len(skip) and skip[part]:
             continue
         if prefix is None:
-            here = np.asarray([shared], np.int32)
-            prefix = (decode.prefix_keys(engine.config, engine.compute, engine.params, here),) if shared else ()
+            prefix = _read_shared(engine, shared)
         chosen = requests[part * width : (part + 1) * width]
-        prompts = np.zeros((padded(engine, width), time), np.int32)
-        lengths = np.zeros(prompts.shape[:1], np.int32)
-        keys = np.zeros((len(prompts), samples), np.int32)
-        for index, request in enumerate(chosen):
-            own = request.ids[len(shared) :]
-            prompts[index, : len(own)] = own
-            lengths[index] = len(own)
-            keys[index] = request.keys
+        sampled = _sample(engine, sampling, chosen, len(shared), padded(engine, width), time, prefix, seed, phase)
+        yield part, *_collect(sampled, len(chosen), len(requests[0].keys))
+
+
+def _read_shared(engine: Engine, shared: tuple[int, ...]) -> tuple[Keys, ...]:
+    if not shared:
+        return ()
+    with jax.set_mesh(engine.mesh):
+        here = np.asarray([shared], np.int32)
+        return (decode.prefix_keys(engine.config, engine.compute, engine.params, here),)
+
+
+def _sample(
+    engine: Engine, sampling: Sampling, requests: Sequence[Request], start: int, rows: int, time: int,
+    prefix: tuple[Keys, ...], seed: int, phase: str,
+) -> decode.Sampled:  # fmt: skip
+    """One batch: `rows` prompts of `time` tokens after the first `start`, which are the shared prefix."""
+    prompts = np.zeros((rows, time), np.int32)
+    lengths = np.zeros(rows, np.int32)
+    keys = np.zeros((rows, len(requests[0].keys)), np.int32)
+    for index, request in enumerate(requests):
+        own = request.ids[start:]
+        prompts[index, : len(own)] = own
+        lengths[index] = len(own)
+        keys[index] = request.keys
+    with jax.set_mesh(engine.mesh):
+        batch = (place(array, engine.mesh, engine.rules) for array in (prompts, lengths, keys))
         sampled = decode.sample(
-            engine.config, engine.compute, engine.decode_compute, sampling, np.uint32(seed), np.uint32(zlib.crc32(phase.encode())),
-            engine.vocabulary, engine.params, place(prompts, engine.mesh), place(lengths, engine.mesh),
-            place(keys, engine.mesh), prefix, stop_ids,
+            engine.config, engine.compute, engine.decode_compute, sampling, np.uint32(seed),
+            np.uint32(zlib.crc32(phase.encode())), engine.vocabulary, engine.params, *batch, prefix,
+            np.asarray(engine.stop_ids, np.int32),
         )  # fmt: skip
-        yield part, *_collect(jax.device_get(sampled), len(chosen), samples)
+        return fetch(sampled, engine.mesh)
 
 
 def _shared_prefix(requests: Sequence[Request]) -> tuple[int, ...]:

@@ -10,8 +10,9 @@ from selfreward_jax.data.seeds import prompt_texts
 from selfreward_jax.evaluation import judge
 from selfreward_jax.judging.agreement import PairCounts, against_chance, interval, pairwise
 from selfreward_jax.judging.scores import mean_score
+from selfreward_jax.loaded import engine
 from selfreward_jax.observe.progress import say
-from selfreward_jax.run import Run, engine, fits, judge_template, params_of, read_ours, sample_parts, sampling
+from selfreward_jax.run import Run, fits, judge_template, read_ours, sample_parts, sampling
 from selfreward_jax.sampling.engine import Completion, Request
 
 
@@ -38,7 +39,7 @@ def _answers(run: Run, model: str) -> dict[str, Any]:
 
     requests = [Request(ids, (index,)) for index, (_, ids) in enumerate(kept)]
     files = sample_parts(
-        run, engine(run, params_of(run, model)), how, requests, f"{model}/answers", run.root / model / "check" / "answers",
+        run, engine(run, model), how, requests, f"{model}/answers", run.root / model / "check" / "answers",
         "answers", record,
     )  # fmt: skip
     answers = [answer for file in files for answer in read_ours(file, Response)]
@@ -79,7 +80,7 @@ def _judge(run: Run, model: str, name: str, items: list[tuple[str, int, str, str
         ]
 
     files = sample_parts(
-        run, engine(run, params_of(run, model)), how, requests, f"{model}/judge-{name}", run.root / model / "check" / name,
+        run, engine(run, model), how, requests, f"{model}/judge-{name}", run.root / model / "check" / name,
         "judgments", record,
     )  # fmt: skip
     out: list[list[Judgment]] = [[] for _ in items]

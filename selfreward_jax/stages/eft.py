@@ -14,18 +14,9 @@ from selfreward_jax.evaluation import judge
 from selfreward_jax.judging import templates
 from selfreward_jax.judging.agreement import Thinned, agrees, thin_most_common
 from selfreward_jax.judging.scores import mean_score
+from selfreward_jax.loaded import engine
 from selfreward_jax.observe.progress import say
-from selfreward_jax.run import (
-    Run,
-    engine,
-    fits,
-    judge_template,
-    params_of,
-    read_ours,
-    sample_parts,
-    sampling,
-    write_records,
-)
+from selfreward_jax.run import Run, fits, judge_template, read_ours, sample_parts, sampling, write_records
 from selfreward_jax.sampling.engine import Completion
 
 
@@ -87,7 +78,7 @@ def build(run: Run) -> dict[str, Any]:
         ]
 
     files = sample_parts(
-        run, engine(run, params_of(run, "sft")), how, requests, "m1/eft", run.root / "m1" / "eft_judgments",
+        run, engine(run, "sft"), how, requests, "m1/eft", run.root / "m1" / "eft_judgments",
         "judgments", record,
     )  # fmt: skip
     by_reply: dict[tuple[str, int], list[Judgment]] = {}

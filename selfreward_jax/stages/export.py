@@ -8,7 +8,8 @@ from etils import epath
 
 from selfreward_jax import workdir
 from selfreward_jax.config import flat, models
-from selfreward_jax.run import Run, params_of
+from selfreward_jax.loaded import params_of
+from selfreward_jax.run import Run
 from selfreward_jax.weights.export import export
 
 
@@ -30,7 +31,7 @@ def card(run: Run, model: str) -> str:
     lines += [
         f"- `{name}`: {_shown(value)}"
         for name, value in flat(config).items()
-        if not name.startswith(("engine", "mesh"))
+        if not name.startswith(("engine", "mesh", "generation_mesh"))
     ]
     if loop and model not in ("sft", "m1"):
         judge = config.judge.endpoint_model or _shown(config.judge.model) or "the model before it"

@@ -6,14 +6,17 @@ al. (2023), whose reward model does not improve with the iterations.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from selfreward_jax import workdir
+from selfreward_jax import processes, workdir
+from selfreward_jax.config import JudgeConfig
 from selfreward_jax.data.chat import Chat
 from selfreward_jax.data.records import Judgment, Prompt, Response, read_records
 from selfreward_jax.errors import UserError
@@ -21,18 +24,9 @@ from selfreward_jax.evaluation import expected, judge
 from selfreward_jax.judging import endpoint as endpoints
 from selfreward_jax.judging.scores import mean_score
 from selfreward_jax.judging.templates import Template, render
+from selfreward_jax.loaded import judge_model
 from selfreward_jax.observe.progress import progress, say
-from selfreward_jax.run import (
-    Run,
-    fits,
-    judge_model,
-    judge_template,
-    read_ours,
-    read_parts,
-    sample_parts,
-    sampling,
-    write_records,
-)
+from selfreward_jax.run import Run, fits, judge_template, read_ours, read_parts, sample_parts, sampling, write_records
 from selfreward_jax.sampling.engine import Completion, Engine, Request, padded, per_part
 
 ENDPOINT_PART = 16  # responses that are judged between two writes: what a kill or a lost connection can cost
@@ -128,27 +122,36 @@ def _asked(
     service = endpoints.open_endpoint(config.model, config.endpoint_model, per_minute=config.endpoint_per_minute)
     files = workdir.parts(run.root / model / "judgments", -(-len(responses) // ENDPOINT_PART))
     usage = endpoints.Usage()
-    done = sum(len(responses[i * ENDPOINT_PART :][:ENDPOINT_PART]) for i, file in enumerate(files) if file.exists())
+    there = workdir.exist(files)
+    done = sum(len(responses[i * ENDPOINT_PART :][:ENDPOINT_PART]) for i, exists in enumerate(there) if exists)
     with progress(f"{model}/judgments", len(responses) * config.k, "judgments", done * config.k) as advance:
         for part, file in enumerate(files):
-            if file.exists():
+            if there[part]:
                 continue
             some = responses[part * ENDPOINT_PART :][:ENDPOINT_PART]
             prompts = [render(template, texts[response.prompt_id], response.text) for response in some]
-            answers, used = endpoints.ask(
-                service, prompts, config.k, config.temperature, config.top_p, config.max_new_tokens,
-                run.config.seed + part * ENDPOINT_PART * config.k,
-            )  # fmt: skip
-            usage += used
+            first = run.config.seed + part * ENDPOINT_PART * config.k
+            answers, used = processes.together(partial(_ask, service, prompts, config, first))
+            usage += endpoints.Usage(**used)
             write_records(file, [
-                judge.judgment(template, response.prompt_id, response.index, k, answer.text, (), answer.finish_reason)
+                judge.judgment(template, response.prompt_id, response.index, k, text, (), finish_reason)
                 for response, votes in zip(some, answers, strict=True)
-                for k, answer in enumerate(votes)
+                for k, (text, finish_reason) in enumerate(votes)
             ])  # fmt: skip
             advance(len(some) * config.k, f"{usage.prompt_tokens} + {usage.completion_tokens} tokens")
     cost = {"requests": usage.requests, "retries": usage.retries, "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens}  # fmt: skip
     return files, {"usage": cost}
+
+
+def _ask(
+    service: endpoints.Endpoint, prompts: Sequence[str], config: JudgeConfig, first_seed: int
+) -> tuple[list[list[tuple[str, str]]], dict[str, int]]:
+    """(text, finish reason) of each prompt's k answers, and what they cost: as JSON, for one process asks for all."""
+    answers, used = endpoints.ask(
+        service, prompts, config.k, config.temperature, config.top_p, config.max_new_tokens, first_seed
+    )
+    return [[(answer.text, answer.finish_reason) for answer in votes] for votes in answers], dataclasses.asdict(used)
 
 
 def _agreement(judgments: Sequence[Judgment]) -> dict[str, Any]:

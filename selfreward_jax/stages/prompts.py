@@ -22,8 +22,9 @@ from selfreward_jax.data.chat import Chat, decode, encode_opening, encode_prompt
 from selfreward_jax.data.records import Example, Prompt, read_records
 from selfreward_jax.data.seeds import evaluation_texts, packaged, prompt_texts
 from selfreward_jax.errors import UserError
+from selfreward_jax.loaded import prompt_writer
 from selfreward_jax.observe.progress import progress, say
-from selfreward_jax.run import Run, fits, prompt_writer, read_ours, sampling, write_records
+from selfreward_jax.run import Run, fits, read_ours, sampling, write_records
 from selfreward_jax.sampling import engine as engines
 from selfreward_jax.self_instruct import filters
 from selfreward_jax.self_instruct.prompt import (
@@ -150,7 +151,7 @@ def _grow_pool(
         return sum(prompt.id not in used for prompt in pool)
 
     paths = [folder / f"round-{number:05d}.jsonl" for number in range(config.max_rounds)]
-    while free() < wanted and paths and paths[0].exists():  # rounds of an earlier iteration or process
+    while free() < wanted and paths and workdir.exist(paths[:1])[0]:  # rounds of an earlier iteration or process
         path = paths.pop(0)
         take(path, _read_back(run, path, index, held_out, used, drops))
     writer: tuple[engines.Engine, Chat] | None = None

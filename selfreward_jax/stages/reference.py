@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import jax
-import numpy as np
-
 from selfreward_jax import workdir
 from selfreward_jax.data import batches
 from selfreward_jax.data.records import Pair, read_records
+from selfreward_jax.loaded import compute, params_of
 from selfreward_jax.observe.progress import progress
-from selfreward_jax.run import Run, compute, pair_rows, params_of, plan
-from selfreward_jax.sharding.place import rows_multiple
+from selfreward_jax.run import Run, pair_rows, plan
+from selfreward_jax.sharding.place import fetch, rows_multiple
 from selfreward_jax.training import step, trainer
 
 
@@ -29,8 +27,8 @@ def make(run: Run, model: str, before: str) -> dict[str, Any]:
     with progress(f"{model}/reference", len(rows), "responses") as advance:
         for members in batches.microbatches([len(row.tokens) for row in rows], size):
             batch = trainer.place_rows([rows[i] for i in members], size, how.shape, run.mesh)
-            logps = step.logprob_pass(run.source.config, compute(run.config), how.chunk, params, batch)
-            values = np.asarray(jax.device_get(logps))
+            logps = step.logprob_pass(run.source.config, compute(run), how.chunk, params, batch)
+            values = fetch(logps, run.mesh)
             for place, i in enumerate(members):
                 count = len(rows[i].tokens) - rows[i].start
                 found[i] = [float(value) for value in values[place, :count]]

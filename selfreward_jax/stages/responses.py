@@ -6,8 +6,9 @@ from typing import Any
 
 from selfreward_jax.data.chat import decode, encode_prompt
 from selfreward_jax.data.records import Prompt, Response, read_records
+from selfreward_jax.loaded import engine
 from selfreward_jax.observe.progress import say
-from selfreward_jax.run import Run, engine, params_of, read_ours, sample_parts, sampling
+from selfreward_jax.run import Run, read_ours, sample_parts, sampling
 from selfreward_jax.sampling.engine import Completion, Request
 
 
@@ -28,7 +29,7 @@ def make(run: Run, model: str, before: str) -> dict[str, Any]:
         ]
 
     files = sample_parts(
-        run, engine(run, params_of(run, before)), sampling(run, config), requests, f"{model}/responses",
+        run, engine(run, before), sampling(run, config), requests, f"{model}/responses",
         run.root / model / "responses", "responses", record,
     )  # fmt: skip
     responses = [response for file in files for response in read_ours(file, Response)]

@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from selfreward_jax.data import batches
 from selfreward_jax.data.records import Pair, read_records
 from selfreward_jax.errors import UserError
+from selfreward_jax.loaded import compute, fresh_params, params_of, take_params
 from selfreward_jax.model import llama
 from selfreward_jax.observe.progress import say
-from selfreward_jax.run import Run, compute, fresh_params, pair_rows, params_of, plan, take_params
+from selfreward_jax.run import Held, Run, pair_rows, plan
+from selfreward_jax.sharding.place import fetch
 from selfreward_jax.training import checkpoint, step, trainer
 
 # Largest |margin| before the first update, nats, by compute dtype: policy and reference are the same weights.
@@ -43,11 +45,11 @@ def _cached(run: Run, model: str, pairs: Sequence[Pair]) -> list[trainer.PairRow
 
 
 def _collate_live(
-    run: Run, frozen: llama.Params, items: Sequence[trainer.PairRow], how: trainer.Plan, mesh: jax.sharding.Mesh
+    run: Run, frozen: llama.Params, items: Sequence[trainer.PairRow], how: trainer.Plan, mesh: Mesh
 ) -> step.PairBatch:
     """A microbatch whose reference log-probs come from the frozen model beside the policy."""
     batch = trainer.collate_pairs(items, how, mesh)
-    logps = step.logprob_pass(run.source.config, compute(run.config), how.chunk, frozen, batch.rows)
+    logps = step.logprob_pass(run.source.config, compute(run), how.chunk, frozen, batch.rows)
     return batch._replace(reference=jnp.sum(logps, axis=-1))
 
 
@@ -63,9 +65,9 @@ def _check_start(
     worst = 0.0
     for members in batches.microbatches([max(len(r.tokens) for r in item.rows) for item in first], how.microbatch):
         batch = collate([first[i] for i in members], how, run.mesh)
-        logps = step.logprob_pass(run.source.config, compute(run.config), how.chunk, params, batch.rows)
+        logps = step.logprob_pass(run.source.config, compute(run), how.chunk, params, batch.rows)
         chosen, rejected = step.split_pairs(jnp.sum(logps, axis=-1) - batch.reference)
-        margins = jax.device_get((chosen - rejected) * batch.weights)
+        margins = fetch((chosen - rejected) * batch.weights, run.mesh)
         worst = max(worst, float(np.max(np.abs(margins))))
     limit = TOLERANCE[run.config.model.compute_dtype]
     if worst >= limit:
@@ -92,9 +94,9 @@ def make(run: Run, model: str, before: str) -> dict[str, Any]:
     margin = _check_start(run, model, how, params_of(run, before), items, collate)
     objective = partial(step.dpo_objective, beta=config.dpo.beta)
     params, summary = trainer.train(
-        f"{model}/train", run.source.config, compute(config), how, run.mesh, take_params(run, before), items, collate,
+        f"{model}/train", run.source.config, compute(run), how, run.mesh, take_params(run, before), items, collate,
         objective, run.root / model,
     )  # fmt: skip
     checkpoint.save_params(run.root / model / "params", params)
-    run.held = (model, params)
+    run.held = Held(model, "training", params)
     return {"pairs": len(pairs), "margin_before": margin, **summary}

@@ -13,8 +13,9 @@ from selfreward_jax.data.batches import Row
 from selfreward_jax.data.chat import encode_example
 from selfreward_jax.data.records import Example
 from selfreward_jax.errors import UserError
+from selfreward_jax.loaded import compute, params_of, take_params
 from selfreward_jax.observe.progress import say
-from selfreward_jax.run import Run, compute, params_of, plan, read_ours, take_params
+from selfreward_jax.run import Held, Run, plan, read_ours
 from selfreward_jax.training import checkpoint, step, trainer
 
 
@@ -59,11 +60,11 @@ def make(run: Run, model: str, files: Sequence[tuple[str, float]]) -> dict[str, 
         f" {sum(targets) / len(rows):.0f} targets, longest {max(lengths)}; dropped {dict(drops) or 'none'}"
     )
     params, summary = trainer.train(
-        f"{model}/train", run.source.config, compute(config), plan(run, config.sft, len(rows)), run.mesh,
+        f"{model}/train", run.source.config, compute(run), plan(run, config.sft, len(rows)), run.mesh,
         take_params(run, "m0"), rows, trainer.collate_rows, step.sft_objective, run.root / model,
     )  # fmt: skip
     checkpoint.save_params(run.root / model / "params", params)
-    run.held = (model, params)
+    run.held = Held(model, "training", params)
     return {"examples": len(rows), "tokens": sum(lengths), "drops": dict(drops), **summary}
 
 

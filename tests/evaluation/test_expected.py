@@ -15,9 +15,8 @@ from selfreward_jax.data.chat import decode, encode_text
 from selfreward_jax.data.records import Judgment
 from selfreward_jax.evaluation import expected, judge
 from selfreward_jax.judging import templates
-from selfreward_jax.run import engine, params_of
+from selfreward_jax.loaded import engine, fresh_params
 from selfreward_jax.sampling.engine import Completion
-from selfreward_jax.sharding.mesh import make_mesh
 from selfreward_jax.weights.export import export
 
 ADDITIVE = templates.load("additive")
@@ -32,10 +31,9 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    mesh = make_mesh(2, 2, 2)
-    with jax.set_mesh(mesh):
-        root = epath.Path(tmp_path_factory.mktemp("expected"))
-        yield launch.open_run(from_config_dict(presets.get("m2", "tiny")), root, mesh)
+    made = launch.open_run(from_config_dict(presets.get("m2", "tiny")), epath.Path(tmp_path_factory.mktemp("expected")))
+    with jax.set_mesh(made.mesh):
+        yield made
 
 
 def judgment(chat, text, finish) -> Judgment:
@@ -65,10 +63,10 @@ def test_scores_of_two_digits_and_doubled_statements_have_none(run):
 def test_expected_scores_are_those_of_transformers(run, tmp_path):
     made = [judgment(run.chat, *some) for some in TEXTS]
     asked = [judge.request(run.chat, ADDITIVE, "Name a colour.", f"Blue, {n}.", n, 1).ids for n in range(len(made))]
-    params = params_of(run, "m0")
+    params = fresh_params(run, "m0")
     judged = list(zip(asked, made, strict=True))
     config = run.source.config
-    got = expected.with_expected(engine(run, params), run.chat, ADDITIVE, judged, 8)
+    got = expected.with_expected(engine(run, "m0"), run.chat, ADDITIVE, judged, 8)
     assert [dataclasses.replace(one, expected=None) for one in got] == made
     export(params, config, run.chat.tokenizer, epath.Path(tmp_path / "model"), "float32", "", generation={})
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)

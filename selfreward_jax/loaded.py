@@ -1,0 +1,209 @@
+"""The models of a run in memory: one at a time, in the layout that is asked for, and the samplers over them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from selfreward_jax.config import OWN_JUDGES, Config, MeshConfig
+from selfreward_jax.data.chat import Chat, load_chat
+from selfreward_jax.errors import UserError
+from selfreward_jax.model import kernels, llama
+from selfreward_jax.model.config import LlamaConfig
+from selfreward_jax.observe.progress import say
+from selfreward_jax.run import Held, Run
+from selfreward_jax.sampling import engine as engines
+from selfreward_jax.sharding import choose
+from selfreward_jax.sharding.mesh import Sizes, full_sizes, make_mesh, regrouped, shape_of
+from selfreward_jax.sharding.place import move
+from selfreward_jax.sharding.rules import LAYOUTS, check_covered, check_divides, extents, shardings, table
+from selfreward_jax.training import checkpoint
+from selfreward_jax.weights.source import Source, load_params, open_source
+
+
+def compute(run: Run, layout: str = "training") -> llama.Compute:
+    """How the model runs while training or (without a backward pass) while sampling."""
+    model = run.config.model
+    remat = model.remat if layout == "training" else "none"
+    return llama.Compute(model.compute_dtype, model.unroll, remat, run.attention, layout)
+
+
+def attention_form(choice: str, model: LlamaConfig, dtype: str) -> str:
+    """The form of attention for this host and model, and a line where a kernel can't take it (`kernels.choose`)."""
+    form, line = kernels.choose(choice, jax.default_backend(), model.head_dim, dtype, kernels.refusal)
+    if line:
+        say(line)
+    return form
+
+
+def training_mesh(config: Config, model: LlamaConfig) -> jax.sharding.Mesh:
+    """The mesh that `mesh` names, or (three zeros) that the devices, the model and the smallest microbatch decide.
+
+    Raises:
+        UserError: if it does not fill the devices or does not divide the model.
+    """
+    axes, abstract = llama.logical_axes(model), llama.abstract(model)
+    rows = min(config.sft.microbatch, 2 * config.dpo.microbatch)
+    sizes = _named(config.mesh) or choose.training(jax.device_count(), extents(axes, abstract), rows)
+    mesh = make_mesh(*sizes)
+    check_divides(axes, abstract, mesh)
+    for name, part, each in (("sft", config.sft, 1), ("dpo", config.dpo, 2)):
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        idle = -part.microbatch * each % shards
+        if idle:
+            say(
+                f"{name}.microbatch={part.microbatch}: {idle} of {part.microbatch * each + idle} rows of a step are"
+                f" padding on data x fsdp = {shards}"
+            )
+    return mesh
+
+
+def generation_mesh(named: MeshConfig, model: LlamaConfig, dtype: str, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """The devices of `mesh` as sampling groups them: as the config names, or so that the weights just fit.
+
+    Raises:
+        UserError: as for `training_mesh`.
+    """
+    option, axes = "--config.generation_mesh", llama.logical_axes(model)
+    abstract = llama.abstract(model, dtype)
+    sizes = _named(named)
+    if sizes:
+        sizes = full_sizes(sizes, option)
+    else:
+        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+        sizes = choose.generation(
+            mesh.size, extents(axes, abstract), weights, choose.memory_here() // jax.device_count()
+        )
+    grouped = regrouped(mesh, sizes)
+    check_divides(axes, abstract, grouped, LAYOUTS["generation"][0], option)
+    return grouped
+
+
+def _named(mesh: MeshConfig) -> Sizes | None:
+    sizes = (mesh.data, mesh.fsdp, mesh.tensor)
+    return sizes if any(sizes) else None
+
+
+def describe(run: Run) -> None:
+    """Prints both meshes, and with several devices both tables of parameters."""
+    config = run.source.config
+    say(f"attention: {run.attention}")
+    for layout in LAYOUTS:
+        mesh, dtype = _place(run, layout)
+        rules = LAYOUTS[layout][0]
+        say(f"{layout} mesh {shape_of(mesh)}")
+        if mesh.size == 1:
+            continue
+        axes = llama.logical_axes(config)
+        for name, shape, spec, size in table(axes, llama.abstract(config, dtype), mesh, rules):
+            say(f"  {name:28} {shape:20} {spec:28} {size / 1e6:12,.3f} MB a device")
+
+
+def _place(run: Run, layout: str) -> tuple[jax.sharding.Mesh, str]:
+    """The mesh and the parameters' dtype of a layout."""
+    if layout == "training":
+        return run.mesh, run.config.model.param_dtype
+    return run.generation_mesh, run.config.model.compute_dtype
+
+
+def abstract_params(run: Run, layout: str = "training") -> llama.Params:
+    """Shapes, dtype and shardings of the run's own parameters in a layout."""
+    config = run.source.config
+    mesh, dtype = _place(run, layout)
+    placed = shardings(llama.logical_axes(config), mesh, LAYOUTS[layout][0])
+    tree = llama.abstract(config, dtype)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, placed)
+
+
+def params_of(run: Run, model: str, layout: str = "training") -> llama.Params:
+    """Parameters of "m0" (the source) or of a model that this run has trained; kept until others are asked for.
+
+    Between the layouts they move on the devices, unless sampling's dtype has lost bits that training needs.
+
+    Raises:
+        UserError: if less than 98 % of their bytes lie cut over the mesh as the layout's table says.
+    """
+    held = run.held
+    if held and held.model == model and held.layout == layout:
+        return held.params
+    run.held = None  # freed before the next is read: two copies of a 70B do not fit
+    _, dtype = _place(run, layout)
+    if held and held.model == model and (layout == "generation" or run.config.model.compute_dtype == dtype):
+        target = jax.tree.map(lambda a: a.sharding, abstract_params(run, layout))
+        params = move(held.params, target, dtype)
+    else:
+        held = None
+        params = fresh_params(run, model, layout)
+    check_covered(llama.logical_axes(run.source.config), params, _place(run, layout)[0], LAYOUTS[layout][0])
+    run.held = Held(model, layout, params)
+    return params
+
+
+def fresh_params(run: Run, model: str, layout: str = "training") -> llama.Params:
+    """As `params_of`, but always read anew: a copy of the caller's own."""
+    if model == "m0":
+        mesh, dtype = _place(run, layout)
+        return load_params(run.source, mesh, dtype, LAYOUTS[layout][0])
+    return checkpoint.load_params(run.root / model / "params", abstract_params(run, layout))
+
+
+def take_params(run: Run, model: str) -> llama.Params:
+    """`params_of` for a caller that donates them to training: nobody else holds them afterwards."""
+    params = params_of(run, model)
+    run.held = None
+    return params
+
+
+def engine(run: Run, model: str) -> engines.Engine:
+    """A sampler over one of the run's own models."""
+    return _engine(run, run.source, run.chat, params_of(run, model, "generation"), run.generation_mesh)
+
+
+def open_fixed(name: str, option: str) -> Source:
+    """`open_source` for a model that another option than `model.source` names."""
+    try:
+        return open_source(name)
+    except UserError as error:
+        raise UserError(*(line.replace("--config.model.source", option) for line in error.args)) from error
+
+
+def fixed_model(run: Run, name: str, option: str) -> tuple[engines.Engine, Chat]:
+    """A sampler over a model fixed in advance (a prompt writer, a judge), with its own tokenizer and template.
+
+    Another model's parameters are held in place of the run's own, in the compute dtype: they are never trained.
+    """
+    if name == run.config.model.source:
+        return engine(run, "m0"), run.chat
+    run.held = None
+    source = open_fixed(name, option)
+    chat = load_chat(source.tokenizer, "own" if source.tokenizer.chat_template else "llama2", source.eos_ids)
+    dtype = run.config.model.compute_dtype
+    mesh = generation_mesh(run.config.generation_mesh, source.config, dtype, run.mesh)
+    params = load_params(source, mesh, dtype, LAYOUTS["generation"][0])
+    return _engine(run, source, chat, params, mesh), chat
+
+
+def prompt_writer(run: Run, before: str) -> tuple[engines.Engine, Chat]:
+    """The model that writes new prompts: `prompts.model`, M0 itself, or `before`, the model in training (A.5)."""
+    name = run.config.prompts.model
+    if name == "current":
+        return engine(run, before), run.chat
+    return fixed_model(run, name or run.config.model.source, "--config.prompts.model")
+
+
+def judge_model(run: Run, before: str) -> tuple[engines.Engine, Chat]:
+    """The judge of `before`'s answers: `before` itself, or the one fixed in advance by `judge.model`."""
+    name = run.config.judge.model
+    if name in ("", *OWN_JUDGES):
+        return engine(run, name or before), run.chat
+    return fixed_model(run, name, "--config.judge.model")
+
+
+def _engine(run: Run, source: Source, chat: Chat, params: llama.Params, mesh: jax.sharding.Mesh) -> engines.Engine:
+    reading = compute(run, "generation")
+    decoding = dataclasses.replace(reading, unroll=min(run.config.model.decode_unroll, source.config.layers))
+    return engines.Engine(
+        source.config, reading, decoding, params, mesh, chat.stop_ids, chat.vocabulary, run.config.engine.rows,
+        run.config.engine.pad,
+    )  # fmt: skip

@@ -1,0 +1,183 @@
+"""The processes of one job: how they start, who writes, and how all of them learn what one has seen.
+
+Every stage is one program that all processes run in step. What touches the run's folder is done by process 0 alone and
+its outcome told to all (`together`), so that decisions, and errors, are the same everywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from selfreward_jax import rendezvous
+from selfreward_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass
+class _Job:
+    index: int = 0
+    count: int = 1
+    for_all: bool = False  # while process 0 works for all
+
+
+_JOB = _Job()  # of this process, from `start` to its end
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where this process stands, as the command line says it.
+
+    Attributes:
+        coordinator: HOST:PORT of process 0, or "": found out from the machine (a TPU slice, Slurm, Kubernetes, MPI).
+        count: processes of the job; 0: found out.
+        index: of this process, from 0; -1: found out.
+        timeout: seconds that processes wait for each other at the start.
+        heartbeat: seconds without a sign of life after which a process is taken to be dead.
+    """
+
+    coordinator: str = ""
+    count: int = 0
+    index: int = -1
+    timeout: int = 300
+    heartbeat: int = 60
+
+
+def index() -> int:
+    """This process' number; 0 writes and speaks."""
+    return _JOB.index
+
+
+def count() -> int:
+    """Processes of the job."""
+    return _JOB.count
+
+
+def start(place: Place, about: Mapping[str, str]) -> None:
+    """Joins the job's processes, if there are several; before anything else touches jax.
+
+    Args:
+        about: what must be the same in all of them.
+
+    Raises:
+        UserError: if the place is incomplete or impossible, or the others do not arrive in time.
+    """
+    named = (bool(place.coordinator), place.count > 0, place.index >= 0)
+    if any(named) and not all(named):
+        raise UserError(
+            "--coordinator, --num_processes, --process_id: give all three, or none where they are found out"
+        )
+    if all(named) and not place.index < place.count:
+        raise UserError(f"--process_id={place.index}: from 0 to {place.count - 1}, as --num_processes={place.count}")
+    if not any(named) and not several(os.environ):
+        return
+    import jax  # not before it is needed: a wrong argument should not wait for it
+
+    given: dict[str, Any] = {}
+    if all(named):
+        rendezvous.meet(place.coordinator, place.count, place.index, about, place.timeout)
+        given = {"coordinator_address": place.coordinator, "num_processes": place.count, "process_id": place.index}
+    try:
+        jax.distributed.initialize(
+            **given, initialization_timeout=place.timeout, heartbeat_timeout_seconds=place.heartbeat
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(_not_joined(place, str(error))) from error
+    _JOB.index, _JOB.count = jax.process_index(), jax.process_count()
+
+
+def _not_joined(place: Place, said: str) -> str:
+    where = f"process {place.index} of {place.count} at {place.coordinator}" if place.coordinator else "this process"
+    reason = said.strip().splitlines()[0] if said.strip() else "no reason given"
+    return f"{where} could not join the others ({reason}); start all of them, with the same count and coordinator"
+
+
+def several(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher's variables, or a TPU, say that this may be one process of several.
+
+    jax finds the others itself; on a TPU it asks the machine, also where there is one host only.
+    """
+
+    def number(name: str) -> int:
+        value = environment.get(name, "")
+        return int(value) if value.isdigit() else 0
+
+    tasks = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
+    if any(number(name) > 1 for name in tasks) or "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
+        return True
+    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
+        return True
+    return environment.get("JAX_PLATFORMS", "tpu") not in ("cpu", "cuda") and bool(glob.glob("/dev/accel[0-9]*"))
+
+
+def together(work: Callable[[], Any]) -> Any:
+    """Does `work` on process 0 and gives its result to all; all must call this at the same point.
+
+    Inside other work that process 0 does for all, it is simply done.
+
+    Args:
+        work: its result is JSON.
+
+    Raises:
+        UserError: on every process, if process 0's work raised it.
+    """
+    if _JOB.count == 1 or _JOB.for_all:
+        return work()
+    told: dict[str, Any] = {}
+    if _JOB.index == 0:
+        _JOB.for_all = True
+        try:
+            told = {"result": work()}
+        except UserError as error:
+            told = {"error": error.args}
+        finally:
+            _JOB.for_all = False
+    told = json.loads(_gather(json.dumps(told))[0])
+    if "error" in told:
+        raise _shared(told["error"])
+    return told["result"]
+
+
+def each(work: Callable[[], T]) -> T:
+    """Does `work` on every process and gives each its own result; all must call this at the same point.
+
+    Raises:
+        UserError: on every process, if the work of any raised it: the lines of all, with their process.
+    """
+    if _JOB.count == 1:
+        return work()
+    lines: list[str] = []
+    result: Any = None
+    try:
+        result = work()
+    except UserError as error:
+        lines = list(error.args)
+    said = [json.loads(text) for text in _gather(json.dumps(lines))]
+    problems = {line: number for number, some in reversed(list(enumerate(said))) for line in some}
+    if problems:
+        raise _shared([f"{line} (process {number})" for line, number in problems.items()])
+    return result
+
+
+def _shared(lines: Sequence[str]) -> UserError:
+    error = UserError(*lines)
+    error.shared = True
+    return error
+
+
+def _gather(text: str) -> list[str]:
+    """Every process' text on all. Lengths go first, and pad to a power of two: few shapes to compile."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(text.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.asarray([len(data)], np.int32)).ravel()
+    padded = np.zeros(1 << max(8, int(lengths.max() - 1).bit_length()), np.uint8)
+    padded[: len(data)] = data
+    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(_JOB.count, -1)
+    return [row[:length].tobytes().decode() for row, length in zip(rows, lengths, strict=True)]
