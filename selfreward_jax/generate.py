@@ -7,7 +7,6 @@ python -m selfreward_jax.generate --model=runs/m3-demo/m3/model --prompts=questi
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from typing import Any
@@ -71,9 +70,10 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.out:
         from etils import epath
 
+        from selfreward_jax.data.records import json_line
         from selfreward_jax.workdir import write_text
 
-        write_text(epath.Path(arguments.out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(epath.Path(arguments.out), "".join(json_line(row) + "\n" for row in rows))
 
 
 def main() -> int:

@@ -129,3 +129,10 @@ def test_prompts_that_are_all_too_long_give_no_answers_and_read_no_weights(monke
     found = list(interactive.answer(arguments(max_new_tokens=1532), [("a", "Why?"), ("b", "How?")]))
     assert found == []
     assert "skipped 2 of 2 prompts: longer than the context of 1536" in capsys.readouterr().out
+
+
+def test_a_text_without_a_utf8_form_loses_no_answer(monkeypatch, tmp_path):
+    monkeypatch.setattr(interactive, "answer", lambda *_: iter([{"id": "a", "text": "half \ud800"}, {"id": "b", "text": "é"}]))
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
+    generate._run(arguments(prompt="", prompts=str(tmp_path / "in.jsonl"), out=str(tmp_path / "out.jsonl")))
+    assert [json.loads(line)["text"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == ["half \ud800", "é"]

@@ -150,7 +150,11 @@ def to_json(record: Record) -> str:
     infinity and TypeError for a value that JSON has no form for (a numpy scalar, say): both are mistakes of
     the writer.
     """
-    row = {name: getattr(record, name) for name in _fields(type(record))}
+    return json_line({name: getattr(record, name) for name in _fields(type(record))})
+
+
+def json_line(row: dict[str, Any]) -> str:
+    """A row as one line of JSON that has a UTF-8 form, whatever its texts."""
     line = json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     try:
         line.encode()
