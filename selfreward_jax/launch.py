@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -93,12 +92,7 @@ def join(config: Config, arguments: argparse.Namespace) -> None:
         arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.join_timeout,
         arguments.heartbeat_timeout,
     )  # fmt: skip
-    same = {
-        "config": workdir.digest(flat(config))[:12],
-        "selfreward_jax": metadata.version("selfreward_jax"),
-        "jax": jax.__version__,
-    }
-    processes.start(place, same)
+    processes.start(place, {"config": workdir.digest(flat(config))[:12], "jax": jax.__version__})
 
 
 def start(config: Config, root: epath.Path, arguments: argparse.Namespace) -> None:
