@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from selfreward_jax import workdir
+from selfreward_jax import stores, workdir
 from selfreward_jax.config import Config, models, of_model
 from selfreward_jax.data.seeds import measuring_sets
 from selfreward_jax.errors import UserError
@@ -26,7 +26,7 @@ SETS_GUESSED = 2000
 
 def disk_here(root: epath.Path) -> int | None:
     """Free bytes where the workdir will be; None for an object store."""
-    if "://" in str(root):
+    if stores.is_remote(root):
         return None
     path = os.path.abspath(os.fspath(root))
     while not os.path.exists(path):

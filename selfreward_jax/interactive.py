@@ -42,7 +42,7 @@ def answer(arguments: argparse.Namespace, prompts: Sequence[tuple[str, str]]) ->
         )
     if not requests:
         return
-    mesh = generation_mesh(MeshConfig(), source.config, arguments.dtype, make_mesh(-1, 1, 1))
+    mesh = generation_mesh(MeshConfig(), source, arguments.dtype, make_mesh(-1, 1, 1))
     params = load_params(source, mesh, arguments.dtype, GENERATION)
     compute = llama.Compute(
         arguments.dtype,

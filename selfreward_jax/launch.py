@@ -38,7 +38,7 @@ def open_run(config: Config, root: epath.Path) -> Run:
     source = open_source(config.model.source, config.model.tokenizer or None)
     estimate.check_host(config, root, source.config.parameter_count())
     mesh = loaded.training_mesh(config, source.config)
-    grouped = loaded.generation_mesh(config.generation_mesh, source.config, config.model.compute_dtype, mesh)
+    grouped = loaded.generation_mesh(config.generation_mesh, source, config.model.compute_dtype, mesh)
     chat = load_chat(source.tokenizer, config.model.chat_template, source.eos_ids)
     form = loaded.attention_form(config.model.attention, source.config, config.model.compute_dtype)
     run = Run(config, root, form, mesh, grouped, source, chat)
@@ -46,7 +46,7 @@ def open_run(config: Config, root: epath.Path) -> Run:
     return run
 
 
-def check_inputs(config: Config) -> None:
+def check_inputs(config: Config, root: epath.Path) -> None:
     """Reads what the user named and only a late stage needs: now, not after hours of training.
 
     Raises:
@@ -60,7 +60,8 @@ def check_inputs(config: Config) -> None:
         except UserError as error:
             problems.extend(error.args)
 
-    attempt(check_files, config.data)
+    if not workdir.is_done(root, "seed/split"):  # after it nothing reads them: they may be gone when a run goes on
+        attempt(check_files, config.data)
     judge = config.judge
     attempt(templates.load, judge.template, judge.low, judge.high)
     if judge.endpoint_model:
@@ -99,7 +100,7 @@ def start(config: Config, root: epath.Path, arguments: argparse.Namespace) -> No
     """Runs (or, for --dry_run, describes) the recipe of a config in a folder."""
     plan = recipe.stages(config)
     recipe.check_stop(plan, arguments.stop_after)
-    processes.each(lambda: check_inputs(config))
+    processes.each(lambda: check_inputs(config, root))
     if config.model.parameters and not arguments.dry_run:
         estimate.check_host(config, root, config.model.parameters)
     if arguments.dry_run:

@@ -19,7 +19,7 @@ from selfreward_jax.sharding.mesh import Sizes, full_sizes, make_mesh, regrouped
 from selfreward_jax.sharding.place import move
 from selfreward_jax.sharding.rules import LAYOUTS, check_covered, check_divides, extents, shardings, table
 from selfreward_jax.training import checkpoint
-from selfreward_jax.weights.source import Source, load_params, open_source
+from selfreward_jax.weights.source import Source, load_params, open_source, param_bytes
 
 
 def compute(run: Run, layout: str = "training") -> llama.Compute:
@@ -59,24 +59,29 @@ def training_mesh(config: Config, model: LlamaConfig) -> jax.sharding.Mesh:
     return mesh
 
 
-def generation_mesh(named: MeshConfig, model: LlamaConfig, dtype: str, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+def generation_mesh(named: MeshConfig, source: Source, dtype: str, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
     """The devices of `mesh` as sampling groups them: as the config names, or so that the weights just fit.
 
     Raises:
         UserError: as for `training_mesh`.
     """
-    option, axes = "--config.generation_mesh", llama.logical_axes(model)
-    abstract = llama.abstract(model, dtype)
-    sizes = _named(named)
-    if sizes:
-        sizes = full_sizes(sizes, option)
-    else:
-        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-        sizes = choose.generation(
-            mesh.size, extents(axes, abstract), weights, choose.memory_here() // jax.device_count()
-        )
+    option, axes, abstract = (
+        "--config.generation_mesh",
+        llama.logical_axes(source.config),
+        llama.abstract(source.config),
+    )
+    sizes, heads = _named(named), extents(axes, abstract)
+    if not sizes:
+        weights, memory = param_bytes(source, dtype), choose.memory_here() // jax.device_count()
+        return regrouped(mesh, choose.generation(mesh.size, heads, weights, memory))
+    sizes = full_sizes(sizes, option)
     grouped = regrouped(mesh, sizes)
     check_divides(axes, abstract, grouped, LAYOUTS["generation"][0], option)
+    if not choose.whole_heads(sizes, heads):
+        raise UserError(
+            f"{option}: fsdp={sizes[1]} x tensor={sizes[2]} cuts the {heads['q_heads']} query heads across the"
+            f" {heads['kv_heads']} kv heads that they read; take another tensor, or leave all three at 0"
+        )
     return grouped
 
 
@@ -179,7 +184,7 @@ def fixed_model(run: Run, name: str, option: str) -> tuple[engines.Engine, Chat]
     source = open_fixed(name, option)
     chat = load_chat(source.tokenizer, "own" if source.tokenizer.chat_template else "llama2", source.eos_ids)
     dtype = run.config.model.compute_dtype
-    mesh = generation_mesh(run.config.generation_mesh, source.config, dtype, run.mesh)
+    mesh = generation_mesh(run.config.generation_mesh, source, dtype, run.mesh)
     params = load_params(source, mesh, dtype, LAYOUTS["generation"][0])
     return _engine(run, source, chat, params, mesh), chat
 

@@ -131,7 +131,7 @@ def _read(path: epath.Path) -> _Owner | None:
 
 def _write(path: epath.Path, owner: _Owner) -> None:
     with stores.writing(path) as write:
-        write(json.dumps(dataclasses.asdict(owner) | {"time": time.time()}).encode())
+        write(json.dumps(dataclasses.asdict(dataclasses.replace(owner, time=time.time()))).encode())
 
 
 def _check_shared(root: epath.Path) -> None:

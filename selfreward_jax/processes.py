@@ -7,16 +7,18 @@ its outcome told to all (`together`), so that decisions, and errors, are the sam
 from __future__ import annotations
 
 import dataclasses
+import functools
 import glob
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from selfreward_jax import rendezvous
 from selfreward_jax.errors import UserError
 
 T = TypeVar("T")
+Args = ParamSpec("Args")
 
 
 @dataclasses.dataclass
@@ -141,6 +143,16 @@ def together(work: Callable[[], Any]) -> Any:
     if "error" in told:
         raise _shared(told["error"])
     return told["result"]
+
+
+def for_all(function: Callable[Args, T]) -> Callable[Args, T]:
+    """A function that process 0 does for all: each call is a `together`."""
+
+    @functools.wraps(function)
+    def shared(*args: Args.args, **kwargs: Args.kwargs) -> T:
+        return together(lambda: function(*args, **kwargs))
+
+    return shared
 
 
 def each(work: Callable[[], T]) -> T:

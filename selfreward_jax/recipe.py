@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from selfreward_jax import processes, workdir
+from selfreward_jax import processes, stores, workdir
 from selfreward_jax.config import Config, flat, free_fields, models
 from selfreward_jax.errors import UserError
 from selfreward_jax.observe import report
@@ -206,7 +206,7 @@ def files_of(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def _is_file(name: str) -> bool:
-    return "://" not in name and epath.Path(name).exists() and not epath.Path(name).is_dir()
+    return not stores.is_remote(name) and epath.Path(name).exists() and not epath.Path(name).is_dir()
 
 
 def _changed_files(root: epath.Path, stage: Stage) -> bool:

@@ -3,7 +3,7 @@
 A stage is done when its `stages/NAME.json` exists, was made from the inputs that are there now, and its outputs are
 there as it left them. What a half-finished stage wrote is kept only if it was begun with the same settings.
 
-All processes of a job call these functions in step: process 0 reads and writes for all (`processes.together`).
+All processes of a job call these functions in step: process 0 reads and writes for all (`processes.for_all`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from selfreward_jax import processes, stores
 from selfreward_jax.errors import UserError
 
 
+@processes.for_all
 def write_text(path: epath.Path, text: str) -> None:
     """Writes a file whole or not at all: a temporary name in the same folder, then a rename; there for all on return.
 
@@ -30,10 +31,6 @@ def write_text(path: epath.Path, text: str) -> None:
     Raises:
         UserError: if the disk is full or the folder can't be written; nothing is left under the final name.
     """
-    processes.together(lambda: _put(path, text))
-
-
-def _put(path: epath.Path, text: str) -> None:
     if stores.is_remote(path):
         with stores.writing(path) as write:
             write(text.encode())
@@ -101,12 +98,9 @@ def record_path(root: epath.Path, stage: str) -> epath.Path:
     return root / model / "stages" / f"{name}.json"
 
 
+@processes.for_all
 def is_done(root: epath.Path, stage: str) -> bool:
     """Whether the stage's record matches the inputs and outputs that are there."""
-    return processes.together(lambda: _matches(root, stage))
-
-
-def _matches(root: epath.Path, stage: str) -> bool:
     path = record_path(root, stage)
     if not path.exists():
         return False
@@ -117,6 +111,7 @@ def _matches(root: epath.Path, stage: str) -> bool:
     return True
 
 
+@processes.for_all
 def begin(
     root: epath.Path,
     stage: str,
@@ -131,26 +126,17 @@ def begin(
         inputs: files that it reads.
         partial: files and folders of the stage that a resume would continue; deleted if they are of another start.
     """
-    processes.together(lambda: _begin(root, stage, settings, inputs, partial))
-
-
-def _begin(
-    root: epath.Path,
-    stage: str,
-    settings: Mapping[str, Any],
-    inputs: Iterable[epath.Path],
-    partial: Iterable[epath.Path],
-) -> None:
     mark = record_path(root, stage).with_suffix(".begun.json")
     identity = digest([dict(settings), _entry(root, inputs)])
     record_path(root, stage).unlink(missing_ok=True)
     if mark.exists() and read_json(mark)["identity"] == identity:
         return
     for path in partial:
-        _remove(path)
+        remove(path)
     write_json(mark, {"identity": identity})
 
 
+@processes.for_all
 def finish(
     root: epath.Path,
     stage: str,
@@ -164,17 +150,6 @@ def finish(
     Args:
         facts: counts, drops by reason and figures, for the closing line and the report.
     """
-    processes.together(lambda: _finish(root, stage, inputs, outputs, seconds, facts))
-
-
-def _finish(
-    root: epath.Path,
-    stage: str,
-    inputs: Iterable[epath.Path],
-    outputs: Iterable[epath.Path],
-    seconds: float,
-    facts: Mapping[str, Any],
-) -> None:
     path = record_path(root, stage)
     record = {
         "stage": stage, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": round(seconds, 3),
@@ -184,24 +159,25 @@ def _finish(
     path.with_suffix(".begun.json").unlink(missing_ok=True)
 
 
+@processes.for_all
 def facts(root: epath.Path, stage: str) -> dict[str, Any]:
     """The facts of a finished stage, with its seconds; {} if it has no record."""
     path = record_path(root, stage)
-    record = processes.together(lambda: read_json(path) if path.exists() else {})
-    return record["facts"] | {"seconds": record["seconds"]} if record else {}
+    if not path.exists():
+        return {}
+    record = read_json(path)
+    return record["facts"] | {"seconds": record["seconds"]}
 
 
+@processes.for_all
 def exist(paths: Sequence[epath.Path]) -> list[bool]:
     """Which of these are there, as process 0 sees it."""
-    return processes.together(lambda: [path.exists() for path in paths])
+    return [path.exists() for path in paths]
 
 
+@processes.for_all
 def remove(path: epath.Path) -> None:
     """Deletes a file or a folder, if it is there."""
-    processes.together(lambda: _remove(path))
-
-
-def _remove(path: epath.Path) -> None:
     if path.is_dir():
         path.rmtree()
     else:
@@ -213,6 +189,7 @@ def parts(directory: epath.Path, count: int) -> list[epath.Path]:
     return [directory / f"part-{index:05d}-of-{count:05d}.jsonl" for index in range(count)]
 
 
+@processes.for_all
 def check_config(root: epath.Path, resolved: Mapping[str, Any], free: set[str], override: bool) -> None:
     """Compares the run's config with the one that the folder was begun with, and notes it.
 
@@ -224,10 +201,6 @@ def check_config(root: epath.Path, resolved: Mapping[str, Any], free: set[str], 
     Raises:
         UserError: a line for each field that changed.
     """
-    processes.together(lambda: _check_config(root, resolved, free, override))
-
-
-def _check_config(root: epath.Path, resolved: Mapping[str, Any], free: set[str], override: bool) -> None:
     path = root / "config.json"
     resolved = json.loads(json.dumps(resolved))  # as it will be read back: a tuple is a list there
     if path.exists() and not override:

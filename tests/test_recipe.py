@@ -294,12 +294,12 @@ def test_what_only_a_late_stage_reads_is_read_at_the_start(tmp_path: Path) -> No
         data__validation=str(tmp_path), eft__file=str(tmp_path / "judge.jsonl"),
     )  # fmt: skip
     with pytest.raises(UserError) as caught:
-        launch.check_inputs(bad)
+        launch.check_inputs(bad, epath.Path(tmp_path))
     said = caught.value.args
     wanted = ("scores 1 to 5, not 0 to 5", "URL", "none.jsonl", "empty.jsonl", f"{tmp_path}: is a folder", "judge.jsonl")
     assert len(said) == len(wanted), said
     assert all(any(part in line for line in said) for part in wanted), said
-    launch.check_inputs(config())
+    launch.check_inputs(config(), epath.Path(tmp_path))
 
 
 def test_a_part_that_a_kill_left_half_written_is_no_part(tmp_path: Path) -> None:

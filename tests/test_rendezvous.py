@@ -4,15 +4,10 @@ import socket
 import threading
 
 import pytest
+from ports import free_port
 
 from selfreward_jax import rendezvous
 from selfreward_jax.errors import UserError
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def meet(places, timeout=20.0):

@@ -211,12 +211,12 @@ def split(seed_data: Seed, n_ift: int, n_eval: int, n_eft_train: int, seed: int)
     sets = _shuffled(seed_data.sets, lambda item: item.id, f"sets {seed}")
     examples = _shuffled(seed_data.examples, lambda item: item.id, f"examples {seed}")
     evaluation = head(sets, "eft.eval_sets", n_eval, "ranked sets")
-    sets, examples = _without(sets, evaluation), _without(examples, evaluation)
+    sets, examples = without(sets, evaluation), without(examples, evaluation)
     beside = f"beside {len(evaluation)} sets for evaluation"
     ift = [] if n_ift == ALL else head(examples, "data.ift_examples", n_ift, f"examples {beside}")
     beside += f" and {len(ift)} examples for IFT"
-    train = head(_without(sets, ift), "eft.train_sets", n_eft_train, f"ranked sets {beside}")
-    rest = _without(examples, [*ift, *train])
+    train = head(without(sets, ift), "eft.train_sets", n_eft_train, f"ranked sets {beside}")
+    rest = without(examples, [*ift, *train])
     if n_ift == ALL:
         ift, rest = rest, []
     if problems:
@@ -224,7 +224,7 @@ def split(seed_data: Seed, n_ift: int, n_eval: int, n_eft_train: int, seed: int)
     return Split(tuple(ift), tuple(train), tuple(evaluation), tuple(rest))
 
 
-def _without(items: Sequence[P], others: Iterable[Example | RankedSet]) -> list[P]:
+def without(items: Sequence[P], others: Iterable[Example | RankedSet]) -> list[P]:
     """The items that ask none of the others' questions: by their words, as ids of two files may meet by chance."""
     asked = {words_of(other.prompt) for other in others}
     return [item for item in items if words_of(item.prompt) not in asked]

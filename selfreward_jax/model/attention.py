@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from selfreward_jax.model.kernels import KERNELS
+from selfreward_jax.sharding.rules import mesh_axes
 
 # The position of padding: after every query, so never seen. Fits int32 with room for subtraction.
 NOWHERE = 2**30
@@ -111,9 +112,8 @@ def _head_picker(q: jax.Array, block: Keys) -> Callable[[Keys], Keys]:
 
 def _axes(x: jax.Array, dimension: int) -> tuple[str, ...]:
     """The mesh axes that one dimension of an array is split over, those of size one left out."""
-    entry = spec_of(x)[dimension] or ()
     mesh = jax.typeof(x).sharding.mesh
-    return tuple(axis for axis in ((entry,) if isinstance(entry, str) else entry) if mesh.shape[axis] > 1)
+    return tuple(axis for axis in mesh_axes(spec_of(x)[dimension]) if mesh.shape[axis] > 1)
 
 
 def _attend_kernel(

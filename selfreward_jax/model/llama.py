@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from selfreward_jax.model.attention import Keys, attend, spec_of
 from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.model.rope import angles, rotate
-from selfreward_jax.sharding.rules import LAYOUTS, STORED, is_axes, spec
+from selfreward_jax.sharding.rules import LAYOUTS, is_axes, spec
 
 Params = dict[str, Any]
 
@@ -377,8 +377,3 @@ def logits(head: jax.Array, hidden: jax.Array) -> jax.Array:
     """Float32 logits `[...,V]` of hidden states `[...,D]`."""
     with jax.named_scope("head"):
         return jnp.einsum("...D,DV->...V", hidden, head, preferred_element_type=jnp.float32)
-
-
-def stored_specs(config: LlamaConfig) -> Params:
-    """Partition specs of the stored parameters."""
-    return jax.tree.map(partial(spec, rules=STORED), logical_axes(config), is_leaf=is_axes)

@@ -25,7 +25,7 @@ def writer(directory: epath.Path) -> tuple[Callable[[Mapping[str, float | int]],
     here = directory.iterdir() if directory.exists() else []  # an object store makes no empty folder
     index = sum(path.name.startswith("segment-") for path in here)
     path = directory / f"segment-{index:05d}.jsonl"
-    if "://" in str(directory):
+    if stores.is_remote(directory):
         return _remote(path)
     file = path.open("w")
 
@@ -55,15 +55,12 @@ def _remote(path: epath.Path) -> tuple[Callable[[Mapping[str, float | int]], Non
     return write, close
 
 
+@processes.for_all
 def read(directory: epath.Path) -> list[dict[str, float]]:
     """All rows of a metrics folder by step; a step that a later process did again counts once, as redone.
 
     All processes of a job call this in step.
     """
-    return processes.together(lambda: _read(directory))
-
-
-def _read(directory: epath.Path) -> list[dict[str, float]]:
     rows: dict[int, dict[str, float]] = {}
     if not directory.exists():
         return []

@@ -44,19 +44,17 @@ def generation(devices: int, extents: Mapping[str, int], weight_bytes: int, devi
     def cost(sizes: Sizes) -> tuple[float, int, int]:
         pieces = sizes[1] * sizes[2]
         over = weight_bytes / pieces / (_WEIGHTS_SHARE * device_bytes) if device_bytes else 0.0
-        return (
-            max(1.0, over),
-            pieces,
-            sizes[1],
-        )  # what fits least badly, then fewest pieces, then whole kv heads apart
+        return max(1.0, over), pieces, sizes[1]  # fits least badly, then fewest pieces, then kv heads apart
 
+    fitting = (sizes for sizes in _possible(devices, extents, GENERATION) if whole_heads(sizes, extents))
+    return min(fitting, key=cost)
+
+
+def whole_heads(sizes: Sizes, extents: Mapping[str, int]) -> bool:
+    """Whether each device's query heads read whole kv heads, or all read one: what `attention.attend` can do."""
     shared = extents["q_heads"] // extents["kv_heads"]
-
-    def whole(sizes: Sizes) -> bool:  # a device's query heads read whole kv heads, or all read one (attention.attend)
-        mine = extents["q_heads"] // (sizes[1] * sizes[2])
-        return mine % shared == 0 or shared % mine == 0
-
-    return min(filter(whole, _possible(devices, extents, GENERATION)), key=cost)
+    mine = extents["q_heads"] // (sizes[1] * sizes[2])
+    return mine % shared == 0 or shared % mine == 0
 
 
 def memory_here() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -10,16 +11,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from selfreward_jax.sharding.rules import STORED, Rules
+from selfreward_jax.sharding.rules import STORED, Rules, mesh_axes
 
 
 def rows_multiple(mesh: jax.sharding.Mesh, rules: Rules = STORED) -> int:
     """Rows of a batch are a multiple of this many: one or more for each shard of rows."""
-    entry = rules["rows"] or ()
-    shards = 1
-    for name in (entry,) if isinstance(entry, str) else entry:
-        shards *= mesh.shape[name]
-    return shards
+    return math.prod(mesh.shape[name] for name in mesh_axes(rules["rows"]))
 
 
 def place(array: np.ndarray, mesh: jax.sharding.Mesh, rules: Rules = STORED) -> jax.Array:

@@ -51,6 +51,11 @@ COVERED = 0.98
 LAYOUTS: Mapping[str, tuple[Rules, Rules]] = {"training": (STORED, COMPUTED), "generation": (GENERATION, GENERATION)}
 
 
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a table or of a partition spec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
 def spec(axes: tuple[str, ...], rules: Rules) -> P:
     """The partition spec of an array with these logical axes.
 
@@ -59,7 +64,7 @@ def spec(axes: tuple[str, ...], rules: Rules) -> P:
         ValueError: if one mesh axis would be used twice.
     """
     entries = [rules[axis] for axis in axes]
-    used = [name for entry in entries if entry for name in ((entry,) if isinstance(entry, str) else entry)]
+    used = [name for entry in entries for name in mesh_axes(entry)]
     if len(set(used)) != len(used):
         raise ValueError(f"logical axes {axes} use a mesh axis twice: {entries}")
     return P(*entries)
@@ -97,8 +102,7 @@ def misfits(sizes: Mapping[str, int], mesh_sizes: Mapping[str, int], rules: Rule
     """
     lines = []
     for axis, size in sizes.items():
-        entry = rules[axis] or ()
-        names = (entry,) if isinstance(entry, str) else entry
+        names = mesh_axes(rules[axis])
         if size % math.prod(mesh_sizes[name] for name in names):
             by = " x ".join(f"{name}={mesh_sizes[name]}" for name in names)
             lines.append(f"{axis} has {size}, which mesh axis {by} does not divide")
@@ -151,7 +155,7 @@ def check_covered(axes_tree: Any, tree: Any, mesh: jax.sharding.Mesh, rules: Rul
 
 def _shown(partition: P) -> str:
     """`tensor+fsdp, -`: the mesh axes of each dimension."""
-    return ", ".join((entry if isinstance(entry, str) else "+".join(entry)) if entry else "-" for entry in partition)
+    return ", ".join("+".join(mesh_axes(entry)) or "-" for entry in partition)
 
 
 def _name(path: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from selfreward_jax.config import Config, DataConfig
 from selfreward_jax.contradictions import fewest_examples
@@ -15,8 +15,6 @@ from selfreward_jax.data.seeds import measuring_sets, on_hub, packaged, rows_of
 from selfreward_jax.errors import UserError
 from selfreward_jax.observe.progress import say
 from selfreward_jax.run import Run, write_records
-
-P = TypeVar("P", Example, RankedSet)
 
 
 def load(data: DataConfig, seed: int) -> oasst.Seed:
@@ -70,13 +68,9 @@ def with_own_examples(data: DataConfig, loaded: oasst.Seed) -> oasst.Seed:
 def without_held_out(loaded: oasst.Seed, held_out: Sequence[RankedSet]) -> oasst.Seed:
     """The seed without prompts that held-out judge examples ask: those measure the judge, in every split."""
     asked = {oasst.words_of(some.prompt) for some in held_out}
-
-    def kept(items: Sequence[P]) -> tuple[P, ...]:
-        return tuple(item for item in items if oasst.words_of(item.prompt) not in asked)
-
     met = asked & {oasst.words_of(item.prompt) for item in (*loaded.examples, *loaded.sets)}
-    counts = Counter(prompt_of_held_out_judge_examples=len(met))
-    return _less(loaded, kept(loaded.examples), kept(loaded.sets), counts)
+    examples, sets = oasst.without(loaded.examples, held_out), oasst.without(loaded.sets, held_out)
+    return _less(loaded, tuple(examples), tuple(sets), Counter(prompt_of_held_out_judge_examples=len(met)))
 
 
 def _less(

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ports import free_port
 from safetensors.numpy import load_file
-from test_rendezvous import free_port
 
 ROOT = Path(__file__).parents[2]
 HEARTBEAT = 10

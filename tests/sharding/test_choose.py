@@ -1,12 +1,19 @@
 """Which mesh for how many devices: fixed answers for known slices, and properties over all of them."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from selfreward_jax import loaded
+from selfreward_jax.config import MeshConfig
+from selfreward_jax.errors import UserError
 from selfreward_jax.model import llama
 from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.sharding import choose, rules
+from selfreward_jax.sharding.mesh import make_mesh
+from selfreward_jax.weights.source import open_source
 
 LLAMA2_70B = LlamaConfig(32000, 8192, 80, 64, 8, 128, 28672, 4096)
 LLAMA2_7B = LlamaConfig(32000, 4096, 32, 32, 32, 128, 11008, 4096)
@@ -62,3 +69,13 @@ def test_any_number_of_devices_has_a_mesh_that_divides_the_model(config, devices
     ):
         assert data * fsdp * tensor == devices
         assert rules.misfits(sizes, {"data": data, "fsdp": fsdp, "tensor": tensor}, table) == []
+
+
+def test_a_named_mesh_that_cuts_query_heads_across_kv_heads_is_one_line():
+    config = LlamaConfig(64, 16, 2, 12, 3, 4, 24, 64)  # a device's 6 query heads would read one and a half kv heads
+    source = dataclasses.replace(open_source("random:tiny"), config=config)
+    mesh = make_mesh(-1, 1, 1)
+    with pytest.raises(UserError, match=r"--config.generation_mesh: fsdp=2 x tensor=1 cuts the 12 query heads across the 3"):
+        loaded.generation_mesh(MeshConfig(4, 2, 1), source, "float32", mesh)
+    chosen = loaded.generation_mesh(MeshConfig(), source, "float32", mesh)
+    assert choose.whole_heads(tuple(chosen.shape.values()), extents(config))

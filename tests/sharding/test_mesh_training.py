@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from selfreward_jax.data.batches import Row, Shape
 from selfreward_jax.model import llama
+from selfreward_jax.sharding import rules
 from selfreward_jax.training import step, trainer
 from selfreward_jax.training.optimizer import Optimizer, make
 
@@ -73,7 +74,7 @@ def test_gradients_and_moments_keep_their_axes(shape, updates, mesh_of, even):
         "gradient": got["gradient"][0], "zeroed gradient": got["zero"][0], "parameters": got["params"],
         "first moment": adam[0].mu, "second moment": adam[0].nu,
     }  # fmt: skip
-    specs = jax.tree.leaves(llama.stored_specs(even), is_leaf=lambda x: isinstance(x, P))
+    specs = jax.tree.leaves(rules.specs(llama.logical_axes(even), rules.STORED), is_leaf=lambda x: isinstance(x, P))
     for name, tree in trees.items():
         for leaf, spec in zip(jax.tree.leaves(tree), specs, strict=True):
             assert jax.typeof(leaf).sharding.spec == spec, name

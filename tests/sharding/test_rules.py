@@ -84,7 +84,7 @@ def test_the_layout_of_every_parameter():
         m + "down": P(None, "tensor", "fsdp"), m + "gate_bias": P(None, "tensor"), m + "up_bias": P(None, "tensor"),
         m + "down_bias": P(None, None),
     }  # fmt: skip
-    assert jax.tree.leaves(llama.stored_specs(biased), is_leaf=lambda x: isinstance(x, P)) == list(got.values())
+    assert jax.tree.leaves(rules.specs(llama.logical_axes(biased), rules.STORED), is_leaf=lambda x: isinstance(x, P)) == list(got.values())
 
 
 @pytest.mark.parametrize("config", [LLAMA2_70B, SMOL_135M], ids=["70B", "135M"])

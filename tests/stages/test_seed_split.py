@@ -7,7 +7,7 @@ import datasets
 import pytest
 from etils import epath
 
-from selfreward_jax import launch, presets
+from selfreward_jax import launch, presets, workdir
 from selfreward_jax.config import from_config_dict
 from selfreward_jax.errors import UserError
 from selfreward_jax.stages import seed
@@ -140,13 +140,13 @@ def test_bad_files_of_seed_data_are_said_at_start_with_the_others(tmp_path):
     raw = presets.get("m3", "tiny")
     raw.data.oasst, raw.data.ift, raw.data.validation = str(broken), str(odd), str(tmp_path / "none.jsonl")
     with pytest.raises(UserError) as caught:
-        launch.check_inputs(from_config_dict(raw))
+        launch.check_inputs(from_config_dict(raw), epath.Path(tmp_path))
     said = "\n".join(caught.value.args)
     for part in (f"{broken}:2: not JSON", f"{odd}:1: no known layout", "none.jsonl: no such file"):
         assert part in said
     raw.data.oasst, raw.data.ift, raw.data.validation = "gone.jsonl", str(tmp_path / "gone.parquet"), ""
     with pytest.raises(UserError) as caught:
-        launch.check_inputs(from_config_dict(raw))
+        launch.check_inputs(from_config_dict(raw), epath.Path(tmp_path))
     assert caught.value.args == ("gone.jsonl: no such file", f"{tmp_path}/gone.parquet: no such file")
 
 
@@ -155,4 +155,14 @@ def test_the_start_asks_no_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
     raw = presets.get("m3", "llama2_70b")
     raw.data.ift = "org/name:validation"
-    launch.check_inputs(from_config_dict(raw))
+    launch.check_inputs(from_config_dict(raw), epath.Path(tmp_path))
+
+
+def test_a_run_goes_on_without_the_files_that_its_split_came_from(tmp_path):
+    root, mine = epath.Path(tmp_path / "run"), tmp_path / "mine.jsonl"
+    raw = presets.get("m3", "tiny")
+    raw.data.ift = str(mine)
+    with pytest.raises(UserError, match=r"mine\.jsonl: no such file"):
+        launch.check_inputs(from_config_dict(raw), root)
+    workdir.finish(root, "seed/split", [], [], 0.0, {})
+    launch.check_inputs(from_config_dict(raw), root)

@@ -2,11 +2,11 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
+from ports import free_port
 
 from selfreward_jax.weights import safetensors_io
 
@@ -40,12 +40,6 @@ for shape in ((1, 1, 4), (1, 2, 2)):
     report["devices"] = len(jax.tree.leaves(params)[0].addressable_shards)
 open(f"{out}/{process}.json", "w").write(json.dumps(report))
 """
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.mark.slow
