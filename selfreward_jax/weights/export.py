@@ -9,14 +9,13 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 from etils import epath
 from transformers import PreTrainedTokenizerFast
 
-from selfreward_jax import stores
+from selfreward_jax import processes, stores
 from selfreward_jax.errors import UserError
 from selfreward_jax.model.config import LlamaConfig, to_hf
 from selfreward_jax.model.llama import Params
@@ -64,21 +63,48 @@ def export(
         UserError: if the directory holds files that no export writes, or cannot be written (a full disk).
     """
     target = epath.Path(directory)
-    writer = jax.process_index() == 0
-    if writer:
-        _check_replaceable(target)
+    processes.together(lambda: _one_line(target, lambda: _begin(target)))
+
+    def save() -> None:
+        safetensors_io.save(params, config, _weights_folder(target), dtype, max_shard_bytes)
+        if processes.index() != 0:
+            return
+        with _rest(target) as folder:
+            _save_tokenizer(tokenizer, folder)
+            _write_json(folder / "generation_config.json", _generation(config, generation or {}))
+            (folder / "README.md").write_text(_card(card, licence, base_model))
+            _write_json(folder / "config.json", to_hf(config, dtype))
+
+    processes.each(lambda: _one_line(target, save))
+    return target
+
+
+def _one_line(target: epath.Path, work: Callable[[], None]) -> None:
+    """Does a part of the export; after an error nothing half-written is left beside the target."""
     try:
-        with _scratch(target, writer) as (weights, folder):
-            safetensors_io.save(params, config, weights, dtype, max_shard_bytes)
-            if writer:
-                _save_tokenizer(tokenizer, folder)
-                _write_json(folder / "generation_config.json", _generation(config, generation or {}))
-                (folder / "README.md").write_text(_card(card, licence, base_model))
-                _write_json(folder / "config.json", to_hf(config, dtype))
-    except OSError as error:
+        work()
+    except BaseException as error:
+        if processes.index() == 0 and not stores.is_remote(target):
+            shutil.rmtree(_weights_folder(target), ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         left = "what is there has no config.json" if stores.is_remote(target) else "nothing was left there"
         raise UserError(f"{target}: the model cannot be written ({error}); {left}") from error
-    return target
+
+
+def _weights_folder(target: epath.Path) -> epath.Path:
+    return target if stores.is_remote(target) else target.parent / f".{target.name}.new"
+
+
+def _begin(target: epath.Path) -> None:
+    _check_replaceable(target)
+    if stores.is_remote(target):
+        stores.remove(target / "config.json")
+        return
+    new = _weights_folder(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
 
 
 def _check_replaceable(target: epath.Path) -> None:
@@ -92,14 +118,11 @@ def _check_replaceable(target: epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def _scratch(target: epath.Path, writer: bool) -> Iterator[tuple[epath.Path, epath.Path]]:
-    """Where the weights and where everything else is written, to be the target when the block ends well."""
-    if not writer:
-        yield target, target
-    elif stores.is_remote(target):
+def _rest(target: epath.Path) -> Iterator[epath.Path]:
+    """Where all but the weights is written; when the block ends well the whole is the target."""
+    if stores.is_remote(target):
         with tempfile.TemporaryDirectory(prefix="selfreward_export_") as local:
-            stores.remove(target / "config.json")
-            yield target, epath.Path(local)
+            yield epath.Path(local)
             names = sorted(os.listdir(local), key=lambda name: name == "config.json")
             for old in stores.listing(target) or ():
                 if old not in names and not safetensors_io.is_weights(old):  # the save has removed old weights
@@ -108,19 +131,13 @@ def _scratch(target: epath.Path, writer: bool) -> Iterator[tuple[epath.Path, epa
                 with stores.writing(target / name) as write:
                     write((epath.Path(local) / name).read_bytes())
     else:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        new, old = (target.parent / f".{target.name}.{state}" for state in ("new", "old"))
-        shutil.rmtree(new, ignore_errors=True)
-        try:
-            new.mkdir()
-            yield new, new
-            shutil.rmtree(old, ignore_errors=True)
-            if target.exists():
-                os.rename(target, old)
-            os.rename(new, target)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+        new, old = _weights_folder(target), target.parent / f".{target.name}.old"
+        yield new
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(new, target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: epath.Path) -> None:

@@ -6,7 +6,8 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -197,31 +198,52 @@ def save(
     shards = _plan(config, itemsize, max_shard_bytes)
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    writer = jax.process_index() == 0
-    if writer and not stores.is_remote(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     shapes = {name: mapping.stored_shape(tensor, config) for shard in shards for name, (tensor, _) in shard.items()}
-    total = itemsize * sum(map(math.prod, shapes.values()))
+    gathered = (
+        stacked.gather(mapping.leaf(params, tensor), layer if tensor.layered else None)
+        for shard in shards
+        for _, (tensor, layer) in sorted(shard.items())
+    )
+    if jax.process_index() == 0:
+        try:
+            return _write(folder, dict(zip(names, shards, strict=True)), shapes, gathered, config, dtype)
+        except Exception:
+            if jax.process_count() > 1:
+                deque(
+                    gathered, maxlen=0
+                )  # the others go on giving their parts: all stay in step, and hear of it then
+            raise
+    deque(gathered, maxlen=0)
+    return names
+
+
+def _write(
+    folder: epath.Path,
+    files: Mapping[str, Mapping[str, tuple[Tensor, int]]],
+    shapes: Mapping[str, tuple[int, ...]],
+    gathered: Iterator[Mapping[stacked.Bounds, np.ndarray]],
+    config: LlamaConfig,
+    dtype: str,
+) -> list[str]:
+    """Writes `gathered`, the parts of each tensor of each file in order, and removes what an earlier save left."""
+    if not stores.is_remote(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    total = np.dtype(dtype).itemsize * sum(map(math.prod, shapes.values()))
     with ThreadPoolExecutor(stacked.THREADS) as pool, stacked.megabytes("save weights", total) as advance:
-        for file, shard in zip(names, shards, strict=True):
-            opened = stores.writing(folder / file) if writer else contextlib.nullcontext(None)
-            with opened as write:
-                if write:
-                    write(tensor_files.header({name: shapes[name] for name in shard}, dtype))
-                for _, (tensor, layer) in sorted(shard.items()):
-                    parts = stacked.gather(mapping.leaf(params, tensor), layer if tensor.layered else None)
-                    if write:
-                        for block in stacked.stored_rows(tensor, config, parts, dtype, pool):
-                            write(block.reshape(-1).view(np.uint8).data)
-                            advance(block.nbytes)
-    if not writer:
-        return names
-    if count > 1:
-        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        for file, shard in files.items():
+            with stores.writing(folder / file) as write:
+                write(tensor_files.header({name: shapes[name] for name in shard}, dtype))
+                for _, (tensor, _) in sorted(shard.items()):
+                    for block in stacked.stored_rows(tensor, config, next(gathered), dtype, pool):
+                        write(block.reshape(-1).view(np.uint8).data)
+                        advance(block.nbytes)
+    names = list(files)
+    if len(names) > 1:
+        weight_map = {name: file for file, shard in files.items() for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         with stores.writing(folder / INDEX) as write:
             write((json.dumps(index, indent=2) + "\n").encode())
-        names = [*names, INDEX]
+        names.append(INDEX)
     for old in stores.listing(folder) or ():
         if is_weights(old) and old not in names:
             stores.remove(folder / old)

@@ -11,14 +11,17 @@ from ports import free_port
 from selfreward_jax.weights import safetensors_io
 
 PROGRAM = """
-import contextlib, json, sys
+import contextlib, errno, json, sys
 import jax, numpy as np
 process, port, source, out = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+from selfreward_jax import processes, stores
+processes.start(processes.Place(f"127.0.0.1:{port}", 2, process), {})
 from jax.sharding import AxisType
+from selfreward_jax.errors import UserError
 from selfreward_jax.model.config import from_hf
-from selfreward_jax import stores
-from selfreward_jax.weights import safetensors_io
+from selfreward_jax.weights import safetensors_io, stacked
+from selfreward_jax.weights.export import export
+from selfreward_jax.weights.source import tiny_tokenizer
 
 asked, ranges = [], stores.ranges
 
@@ -38,6 +41,26 @@ for shape in ((1, 1, 4), (1, 2, 2)):
         report[str(shape)] = sum(asked[1:])  # the header is the first
         safetensors_io.save(params, config, f"{out}/{shape[1]}", "float32", max_shard_bytes=50_000)
     report["devices"] = len(jax.tree.leaves(params)[0].addressable_shards)
+
+# The disk of process 0 fills up in the middle of an export: both hear of it, and can go on.
+rows, turned = stacked.stored_rows, []
+
+def full(*arguments):
+    turned.append(1)
+    if len(turned) > 5:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return rows(*arguments)
+
+stacked.stored_rows = full
+report["lines"] = []
+for folder in (f"{out}/model", f"{out}/file"):
+    if folder.endswith("file") and process == 0:
+        open(folder, "w").write("no directory")
+    try:
+        with jax.set_mesh(mesh):
+            export(params, config, tiny_tokenizer(), folder, "float32", "")
+    except UserError as error:
+        report["lines"].append(str(error))
 open(f"{out}/{process}.json", "w").write(json.dumps(report))
 """
 
@@ -71,7 +94,11 @@ def test_two_processes_load_and_save(checkpoint, mesh_of, tmp_path):
     norms = (2 * config.layers + 1) * config.embed
     # Rows of the output and down projections are cut over fsdp, all others over tensor; norms are whole everywhere.
     turned = config.layers * config.embed * (config.q_heads * config.head_dim + config.ffn)
+    assert not list(tmp_path.glob("*model*"))
     for report in reports:
         assert report["devices"] == 2
+        full, foreign = report["lines"]
+        assert "model: the model cannot be written ([Errno 28] No space left on device); nothing was left" in full
+        assert "a file stands where the model's directory should be" in foreign
         assert report["(1, 1, 4)"] == 4 * ((whole // 4 - turned - norms) // 2 + turned + norms)
         assert report["(1, 2, 2)"] == whole - 4 * turned // 2
