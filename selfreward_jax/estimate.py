@@ -73,11 +73,15 @@ def check_host(config: Config, root: epath.Path, parameters: int) -> None:
     need_disk, have_disk = disk_needed(config, parameters), disk_here(root)
     if have_disk is not None and need_disk > have_disk + disk_used(root):
         lines.append(
-            f"--workdir={root}: {need_disk / 1e9:,.1f} GB needed on disk, {have_disk / 1e9:,.1f} GB are free;"
+            f"--workdir={root}: {_size(need_disk)} needed on disk, {_size(have_disk)} are free;"
             " take another folder or the preset :demo"
         )
     if lines:
         raise UserError(*lines)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def generations(config: Config) -> dict[str, tuple[int, int]]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,8 +14,8 @@ from etils import epath
 
 from selfreward_jax.errors import UserError
 
-# Orbax logs tens of lines a save at INFO through absl.
-logging.getLogger("absl").setLevel(logging.WARNING)
+# Orbax logs tens of lines a save at INFO through absl, and at ERROR the traceback of what it also raises.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def manager(directory: epath.Path, keep: int) -> ocp.CheckpointManager:
@@ -22,8 +25,23 @@ def manager(directory: epath.Path, keep: int) -> ocp.CheckpointManager:
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
-    """Starts saving a tree of arrays as the state after `step` updates; an earlier save is waited for."""
-    manager.save(step, args=ocp.args.StandardSave(state))
+    """Starts saving a tree of arrays as the state after `step` updates; an earlier save is waited for.
+
+    Raises:
+        UserError: if the earlier save could not be written (a full disk), or this one cannot begin.
+    """
+    with _writing(epath.Path(manager.directory)):
+        manager.save(step, args=ocp.args.StandardSave(state))
+
+
+def close(manager: ocp.CheckpointManager) -> None:
+    """Waits for a save that has begun.
+
+    Raises:
+        UserError: if it could not be written.
+    """
+    with _writing(epath.Path(manager.directory)):
+        manager.close()
 
 
 def restore(manager: ocp.CheckpointManager, like: Any) -> tuple[int, Any] | None:
@@ -35,8 +53,12 @@ def restore(manager: ocp.CheckpointManager, like: Any) -> tuple[int, Any] | None
 
 
 def save_params(directory: epath.Path, params: Any) -> None:
-    """Writes a tree of arrays; the folder appears whole or not at all."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    """Writes a tree of arrays; the folder appears whole or not at all.
+
+    Raises:
+        UserError: if it cannot be written (a full disk).
+    """
+    with _writing(directory), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory, params, force=True)
 
 
@@ -54,6 +76,21 @@ def load_params(directory: epath.Path, like: Any) -> Any:
     except (ValueError, KeyError, FileNotFoundError) as error:
         raise UserError(
             f"{directory}: cannot be read as this model's parameters: {str(error).splitlines()[0]}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _writing(directory: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        said = str(error)
+        # tensorstore raises ValueError for a disk or store that fails, its reason behind a status and many paths
+        if not isinstance(error, OSError) and not re.match("[A-Z_]+: ", said):
+            raise
+        reason = said.splitlines()[0].split(": ")[-1] if isinstance(error, ValueError) else error.strerror or said
+        raise UserError(
+            f"{directory}: cannot be written ({reason[:200]}); make room or mend it, then start again to go on from here"
         ) from error
 
 

@@ -166,7 +166,7 @@ def train(
     with contextlib.ExitStack() as closing, progress(name, total_steps, "updates", done=first) as advance:
         closing.callback(close)
         if checkpoints:
-            closing.callback(checkpoints.close)  # waits for a save that has begun, also when an update failed
+            closing.callback(checkpoint.close, checkpoints)  # also when an update failed
         for number in range(first, total_steps):
             indices = batches.batch_indices(len(items), plan.epochs, plan.seed, plan.batch, number)
             chosen = [items[i] for i in indices]

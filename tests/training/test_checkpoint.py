@@ -1,6 +1,7 @@
 """Checkpoints: what was saved comes back, where it belongs, or an error says why not."""
 
 import gc
+import resource
 from pathlib import Path
 
 import jax
@@ -99,3 +100,29 @@ def test_the_newest_training_state_comes_back(mesh, folder):
     assert number == 9
     assert jax.tree.structure(got) == jax.tree.structure(like)  # optax's tuples, not lists or dicts
     assert_same(got, states[9])
+
+
+@pytest.fixture
+def small_files():
+    """A disk that takes no file over 64 KB, until the test ends."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_takes_no_more_is_one_line(folder, small_files, caplog):
+    big = {"a": jax.random.normal(jax.random.key(0), (512, 512))}
+    with pytest.raises(UserError) as raised:
+        checkpoint.save_params(folder / "params", big)
+    assert str(raised.value) == (
+        f"{folder}/params: cannot be written (File too large [os_error_code='27']); make room or mend it, then start"
+        " again to go on from here"
+    )
+    assert not (folder / "params").exists()
+    manager = checkpoint.manager(folder / "checkpoints", 2)
+    checkpoint.save(manager, 1, big)  # goes on beside the training
+    with pytest.raises(UserError, match=r"checkpoints: cannot be written \(File too large"):
+        checkpoint.save(manager, 2, big)
+    checkpoint.close(manager)
+    assert not caplog.records
