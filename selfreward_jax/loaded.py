@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from selfreward_jax.config import OWN_JUDGES, Config, MeshConfig
 from selfreward_jax.data.chat import Chat, load_chat
@@ -30,11 +32,18 @@ def compute(run: Run, layout: str = "training") -> llama.Compute:
 
 
 def attention_form(choice: str, model: LlamaConfig, dtype: str) -> str:
-    """The form of attention for this host and model, and a line where a kernel can't take it (`kernels.choose`)."""
-    form, line = kernels.choose(choice, jax.default_backend(), model.head_dim, dtype, kernels.refusal)
+    """The form of attention for this job and model, and a line where a kernel can't take it (`kernels.choose`)."""
+    form, line = kernels.choose(choice, jax.default_backend(), model.head_dim, dtype, _refusal)
     if line:
         say(line)
     return form
+
+
+def _refusal(form: str, head_dim: int, dtype: str) -> str:
+    """Why a host of this job does not compile a kernel, or "": all take the same form, or their programs differ."""
+    why = kernels.refusal(form, head_dim, dtype)
+    refusing = np.flatnonzero(multihost_utils.process_allgather(np.int32(bool(why))))
+    return why or (f"{form} does not compile on the host of process {refusing[0]}" if refusing.size else "")
 
 
 def training_mesh(config: Config, model: LlamaConfig) -> jax.sharding.Mesh:
@@ -72,8 +81,8 @@ def generation_mesh(named: MeshConfig, source: Source, dtype: str, mesh: jax.sha
     )
     sizes, heads = _named(named), extents(axes, abstract)
     if not sizes:
-        weights, memory = param_bytes(source, dtype), choose.memory_here() // jax.device_count()
-        return regrouped(mesh, choose.generation(mesh.size, heads, weights, memory))
+        fitting = choose.generation(mesh.size, heads, param_bytes(source, dtype), choose.memory_of_a_device())
+        return regrouped(mesh, fitting)
     sizes = full_sizes(sizes, option)
     grouped = regrouped(mesh, sizes)
     check_divides(axes, abstract, grouped, LAYOUTS["generation"][0], option)

@@ -1,4 +1,4 @@
-"""Attention kernels of others, cuDNN flash on a GPU and Pallas splash on a TPU, and which form of attention a host takes.
+"""Attention kernels of others, cuDNN flash on a GPU and Pallas splash on a TPU, and which form of attention a job takes.
 
 Both serve one case: each row attends to itself, causally. Rows are padded at their end, so no token sees padding and
 the causal mask is the whole mask: neither lengths nor a mask array goes in, every query sees at least itself, and no

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator, Mapping
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from selfreward_jax.sharding.mesh import Sizes
 from selfreward_jax.sharding.rules import GENERATION, STORED, Rules, misfits
@@ -58,11 +60,17 @@ def whole_heads(sizes: Sizes, extents: Mapping[str, int]) -> bool:
 
 
 def memory_here() -> int:
-    """Bytes that the devices of this job hold together, 0 if they don't tell; on a CPU the machine's memory."""
+    """Bytes that the devices of this job hold together if all hosts are as this one, 0 if they don't tell; on a CPU the
+    machine's memory."""
     devices = jax.local_devices()
     if devices[0].platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return sum((device.memory_stats() or {}).get("bytes_limit", 0) for device in devices) * jax.process_count()
+
+
+def memory_of_a_device() -> int:
+    """Bytes of one device on the host that has least, 0 if they don't tell; all processes must call this."""
+    return int(multihost_utils.process_allgather(np.float32(memory_here() // jax.device_count())).min())
 
 
 def _possible(devices: int, extents: Mapping[str, int], rules: Rules) -> Iterator[Sizes]:
