@@ -18,7 +18,7 @@ from selfreward_jax.run import Held, Run
 from selfreward_jax.sampling import engine as engines
 from selfreward_jax.sharding import choose
 from selfreward_jax.sharding.mesh import Sizes, full_sizes, make_mesh, regrouped, shape_of
-from selfreward_jax.sharding.place import move
+from selfreward_jax.sharding.place import move, padded_rows, rows_multiple
 from selfreward_jax.sharding.rules import LAYOUTS, check_covered, check_divides, extents, shardings, table
 from selfreward_jax.training import checkpoint
 from selfreward_jax.weights.source import Source, load_params, open_source, param_bytes
@@ -58,12 +58,12 @@ def training_mesh(config: Config, model: LlamaConfig) -> jax.sharding.Mesh:
     mesh = make_mesh(*sizes)
     check_divides(axes, abstract, mesh)
     for name, part, each in (("sft", config.sft, 1), ("dpo", config.dpo, 2)):
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        idle = -part.microbatch * each % shards
-        if idle:
+        rows = part.microbatch * each
+        computed = padded_rows(rows, mesh)
+        if computed > rows:
             say(
-                f"{name}.microbatch={part.microbatch}: {idle} of {part.microbatch * each + idle} rows of a step are"
-                f" padding on data x fsdp = {shards}"
+                f"{name}.microbatch={part.microbatch}: {computed - rows} of {computed} rows of a step are padding on"
+                f" data x fsdp = {rows_multiple(mesh)}"
             )
     return mesh
 

@@ -11,7 +11,7 @@ from selfreward_jax.data.records import Pair, read_records
 from selfreward_jax.loaded import compute, params_of
 from selfreward_jax.observe.progress import progress
 from selfreward_jax.run import Run, pair_rows, plan
-from selfreward_jax.sharding.place import fetch, rows_multiple
+from selfreward_jax.sharding.place import fetch, padded_rows
 from selfreward_jax.training import step, trainer
 
 
@@ -20,8 +20,7 @@ def make(run: Run, model: str, before: str) -> dict[str, Any]:
     pairs = read_records(run.root / model / "pairs.jsonl", Pair)
     rows = [row for pair in pairs for row in pair_rows(run, pair)]
     how = plan(run, run.config.dpo, len(pairs))
-    multiple = rows_multiple(run.mesh)
-    size = -(-2 * how.microbatch // multiple) * multiple
+    size = padded_rows(2 * how.microbatch, run.mesh)
     params = params_of(run, before)
     found: dict[int, list[float]] = {}
     with progress(f"{model}/reference", len(rows), "responses") as advance:

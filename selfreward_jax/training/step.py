@@ -15,7 +15,6 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from selfreward_jax.model import llama
-from selfreward_jax.model.attention import spec_of
 from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.training import optimizer as optimizers
 from selfreward_jax.training.logprobs import Batch, target_logprobs
@@ -28,9 +27,9 @@ class PairBatch(NamedTuple):
     """A batch of pairs: rows 2i and 2i+1 of `rows` are the chosen and rejected response of pair i.
 
     Attributes:
-        rows: `B = 2 x pairs` rows.
+        rows: B rows; those behind the last pair's only fill the shards, and may be of odd number.
         reference: `[B]` float32, summed log-probs of the rows under the frozen reference.
-        weights: `[pairs]` float32, 0 for pairs that only fill the batch.
+        weights: `[B // 2]` float32, whole on every device; 0 for pairs that only fill the batch.
     """
 
     rows: Batch
@@ -76,8 +75,8 @@ def dpo_objective(
 
 
 def split_pairs(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`[2 x pairs]` interleaved to chosen `[pairs]` and rejected `[pairs]`."""
-    pairs = rows.reshape(rows.shape[0] // 2, 2, out_sharding=P(*spec_of(rows), None))
+    """`[B]` interleaved to chosen and rejected `[B // 2]`, on every device: a pair's rows may lie on two of them."""
+    pairs = jax.sharding.reshard(rows, P(None))[: rows.shape[0] // 2 * 2].reshape(-1, 2)
     return pairs[:, 0], pairs[:, 1]
 
 

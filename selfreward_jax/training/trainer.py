@@ -23,7 +23,7 @@ from selfreward_jax.model import llama
 from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.observe import metrics as metric_files
 from selfreward_jax.observe.progress import progress, say
-from selfreward_jax.sharding.place import place, rows_multiple
+from selfreward_jax.sharding.place import padded_rows, place
 from selfreward_jax.training import checkpoint, step
 from selfreward_jax.training.logprobs import Batch
 from selfreward_jax.training.optimizer import Optimizer, make
@@ -80,22 +80,20 @@ def place_rows(rows: Sequence[batches.Row], count: int, shape: batches.Shape, me
 
 def collate_rows(items: Sequence[batches.Row], plan: Plan, mesh: jax.sharding.Mesh) -> Batch:
     """A microbatch of SFT rows; a short one is padded with rows of weight 0."""
-    multiple = rows_multiple(mesh)
-    return place_rows(items, -(-plan.microbatch // multiple) * multiple, plan.shape, mesh)
+    return place_rows(items, padded_rows(plan.microbatch, mesh), plan.shape, mesh)
 
 
 def collate_pairs(items: Sequence[PairRow], plan: Plan, mesh: jax.sharding.Mesh) -> step.PairBatch:
     """A microbatch of pairs, chosen and rejected interleaved; a short one is padded with pairs of weight 0."""
-    multiple = rows_multiple(mesh)
-    count = -(-plan.microbatch // multiple) * multiple
+    count = padded_rows(2 * plan.microbatch, mesh)
     rows = [row for pair in items for row in (pair.chosen, pair.rejected)]
-    reference = np.zeros((2 * count,), np.float32)
-    weights = np.zeros((count,), np.float32)
+    reference = np.zeros((count,), np.float32)
+    weights = np.zeros((count // 2,), np.float32)
     for index, pair in enumerate(items):
         reference[2 * index : 2 * index + 2] = (pair.ref_chosen, pair.ref_rejected)
         weights[index] = 1.0
-    batch = place_rows(rows, 2 * count, plan.shape, mesh)
-    return step.PairBatch(batch, place(reference, mesh), place(weights, mesh))
+    batch = place_rows(rows, count, plan.shape, mesh)
+    return step.PairBatch(batch, place(reference, mesh), place(weights, mesh, {"rows": None}))
 
 
 def train(

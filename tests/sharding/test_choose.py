@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfreward_jax import loaded
-from selfreward_jax.config import MeshConfig
+from selfreward_jax.config import Config, DpoConfig, MeshConfig, TrainConfig
 from selfreward_jax.errors import UserError
 from selfreward_jax.model import llama
 from selfreward_jax.model.config import LlamaConfig
@@ -69,6 +69,16 @@ def test_any_number_of_devices_has_a_mesh_that_divides_the_model(config, devices
     ):
         assert data * fsdp * tensor == devices
         assert rules.misfits(sizes, {"data": data, "fsdp": fsdp, "tensor": tensor}, table) == []
+
+
+def test_the_rows_that_are_padding_are_counted_as_they_are_computed(capsys):
+    config = Config(sft=TrainConfig(microbatch=8), dpo=DpoConfig(microbatch=4), mesh=MeshConfig(2, 2, 2))
+    source = open_source("random:tiny")
+    loaded.training_mesh(config, source.config)
+    assert capsys.readouterr().out == ""
+    config = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, microbatch=1))
+    loaded.training_mesh(config, source.config)
+    assert capsys.readouterr().out == "dpo.microbatch=1: 2 of 4 rows of a step are padding on data x fsdp = 4\n"
 
 
 def test_a_named_mesh_that_cuts_query_heads_across_kv_heads_is_one_line():

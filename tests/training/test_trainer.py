@@ -1,5 +1,6 @@
 """The loop: killed and continued is the same as never stopped."""
 
+import dataclasses
 import json
 from functools import partial
 
@@ -14,6 +15,7 @@ from selfreward_jax.data.batches import Row, Shape
 from selfreward_jax.errors import UserError
 from selfreward_jax.model import llama
 from selfreward_jax.observe import metrics
+from selfreward_jax.sharding.place import padded_rows
 from selfreward_jax.training import checkpoint, step, trainer
 from selfreward_jax.training.optimizer import Optimizer, make
 from selfreward_jax.training.trainer import Plan, collate_pairs, collate_rows
@@ -174,7 +176,23 @@ def test_collate_fills_every_shard(mesh, items):
     rows = collate_rows(items[:3], PLAN, mesh)
     assert rows.tokens.shape == (4, 16)  # a multiple of data x fsdp
     assert {piece.data.shape for piece in rows.tokens.addressable_shards} == {(1, 16)}
-    assert collate_pairs([trainer.PairRow(items[0], items[1], 0.0, 0.0)], PLAN, mesh).rows.tokens.shape == (8, 16)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "microbatch", "rows"),
+    [((8, 1, 1), 4, 8), ((2, 2, 2), 1, 4), ((1, 4, 2), 3, 8), ((3, 1, 1), 4, 9), ((1, 1, 8), 3, 6)],
+    indirect=["mesh"],
+)
+def test_rows_are_padded_and_not_pairs(mesh, microbatch, rows, items):
+    """What is computed is the fewest rows that fill the shards, and what the printed line counts."""
+    plan = dataclasses.replace(PLAN, microbatch=microbatch)
+    pairs = [trainer.PairRow(items[2 * i], items[2 * i + 1], -1.0, -2.0) for i in range(microbatch)]
+    batch = collate_pairs(pairs, plan, mesh)
+    assert batch.rows.tokens.shape == (rows, 16) and batch.reference.shape == (rows,)
+    assert padded_rows(2 * microbatch, mesh) == rows
+    assert batch.weights.tolist() == [1] * microbatch + [0] * (rows // 2 - microbatch)
+    chosen, rejected = step.split_pairs(batch.reference)
+    assert chosen.tolist() == (-batch.weights).tolist() and rejected.tolist() == (-2 * batch.weights).tolist()
 
 
 def test_dpo_rows_carry_rewards(small, mesh, items, random_params, tmp_path):
