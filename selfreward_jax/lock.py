@@ -7,10 +7,11 @@ import dataclasses
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO
 
 from etils import epath
@@ -21,7 +22,7 @@ from selfreward_jax.workdir import disk_error
 
 BEAT = 60.0  # seconds between two signs of life
 STALE = 600.0  # without one for this long, a run on an object store is taken to be dead
-_SETTLE = 2.0  # seconds in which two runs that start at once have both written their names
+_SETTLE = 2.0  # seconds in which two runs that take over from a dead one at once have both written their names
 
 
 @contextlib.contextmanager
@@ -73,19 +74,37 @@ class _Owner:
     time: float
 
 
+def _end(line: str) -> None:
+    """Ends this process at once: another run writes in the folder, and the main thread may be anywhere."""
+    sys.stdout.flush()
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
 @contextlib.contextmanager
-def beating(path: epath.Path, beat: float = BEAT, stale: float = STALE, settle: float = _SETTLE) -> Iterator[None]:
+def beating(
+    path: epath.Path,
+    beat: float = BEAT,
+    stale: float = STALE,
+    settle: float = _SETTLE,
+    lost: Callable[[str], None] = _end,
+) -> Iterator[None]:
     """Holds the lock object `path` by writing it anew every `beat` seconds.
 
-    An object store has no lock that dies with its process. Two runs that begin at once both write, wait, and the one
-    whose name is no longer there gives up. Clocks of hosts must agree to within minutes.
+    An object store has no lock that dies with its process: it is made where there is none (`stores.create`), and taken
+    over from an owner who was silent for `stale` seconds. One who was only slow, or paused, reads before each sign of
+    life that it has lost the lock. Clocks of hosts must agree to within minutes.
+
+    Args:
+        lost: is given a line, by another thread, when the lock is another run's.
 
     Raises:
         UserError: if the object of another run is younger than `stale` seconds.
     """
     own = _Owner(f"process {os.getpid()} on {socket.gethostname()}", uuid.uuid4().hex, 0.0)
-    _refuse_other(path, own, stale)
-    _write(path, own)
+    if _refuse_other(path, own, stale):
+        stores.remove(path)
+    stores.create(path, _text(own))
     time.sleep(settle)
     _refuse_other(path, own, stale)
     ended = threading.Event()
@@ -94,7 +113,18 @@ def beating(path: epath.Path, beat: float = BEAT, stale: float = STALE, settle: 
         while not ended.wait(beat):
             # A failed sign of life is no reason to end a run; ten in a row leave the lock to others.
             with contextlib.suppress(OSError, UserError):
-                _write(path, own)
+                owner = _read(path)
+                if owner is None:  # removed by hand, or by a run that gave up
+                    stores.create(path, _text(own))
+                elif owner.token == own.token:
+                    with stores.writing(path) as write:
+                        write(_text(own))
+                else:
+                    lost(
+                        f"--workdir={path.parent}: {owner.name} works here now; this run showed no sign of life in time"
+                        " and ends; start it again when the other has ended"
+                    )
+                    return
 
     thread = threading.Thread(target=keep, daemon=True, name="lock")
     thread.start()
@@ -104,34 +134,38 @@ def beating(path: epath.Path, beat: float = BEAT, stale: float = STALE, settle: 
         ended.set()
         thread.join()
         with contextlib.suppress(OSError, UserError):  # left behind it is stale in ten minutes
-            stores.remove(path)
+            owner = _read(path)
+            if owner and owner.token == own.token:
+                stores.remove(path)
 
 
-def _refuse_other(path: epath.Path, own: _Owner, stale: float) -> None:
+def _refuse_other(path: epath.Path, own: _Owner, stale: float) -> bool:
+    """Whether a dead run's object is in the way; a living run's is an error."""
     owner = _read(path)
     if owner is None or owner.token == own.token:
-        return
+        return False
     age = time.time() - owner.time
     if age < stale:
         raise UserError(
             f"--workdir={path.parent}: {owner.name} is working here (a sign of life {max(0.0, age):.0f} s ago);"
             f" stop it, or wait {stale - age:.0f} s if it is dead"
         )
+    return True
 
 
 def _read(path: epath.Path) -> _Owner | None:
-    if not path.exists():
+    text = stores.read_if_there(path)
+    if text is None:
         return None
     try:
-        found = json.loads(stores.read_whole(path))
+        found = json.loads(text)
         return _Owner(str(found["name"]), str(found["token"]), float(found["time"]))
     except (ValueError, KeyError, TypeError):
-        return None  # no lock of ours
+        return _Owner("something else", "", 0.0)  # not ours: nobody's sign of life
 
 
-def _write(path: epath.Path, owner: _Owner) -> None:
-    with stores.writing(path) as write:
-        write(json.dumps(dataclasses.asdict(dataclasses.replace(owner, time=time.time()))).encode())
+def _text(owner: _Owner) -> bytes:
+    return json.dumps(dataclasses.asdict(dataclasses.replace(owner, time=time.time()))).encode()
 
 
 def _check_shared(root: epath.Path) -> None:

@@ -186,6 +186,38 @@ def read_whole(path: epath.Path) -> bytes:
         raise _failed(path, "read", error) from error
 
 
+def read_if_there(path: epath.Path) -> bytes | None:
+    """As `read_whole`, but None where there is no such file; a store is asked, never what a client remembers of it."""
+    try:
+        return read_whole(path)
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
+def create(path: epath.Path, data: bytes) -> bool:
+    """Writes a small file only where there is none, and says whether it did.
+
+    gcsfs (ifGenerationMatch=0), s3fs (If-None-Match) and adlfs leave it to the store, which takes one of two that come at
+    once. Another client may look first and write then.
+
+    Raises:
+        UserError: if it cannot be written for another reason.
+    """
+    try:
+        if is_remote(path):
+            _files(path).pipe_file(os.fspath(path), data, mode="create")
+        else:
+            with open(path, "xb") as file:
+                file.write(data)
+    except FileExistsError:
+        return False
+    except Exception as error:  # whatever this store's client raises
+        raise _failed(path, "written", error) from error
+    return True
+
+
 @contextlib.contextmanager
 def writing(path: epath.Path) -> Iterator[Write]:
     """Writes a file piece by piece; under its name it appears whole or not at all.

@@ -95,14 +95,15 @@ def random_params():
 def bucket(monkeypatch):
     """What gs:// is for this test: `objects` by name without gs://, what was `asked`, `published`, `cancelled`.
 
-    Set `fault` to a function of ("list", "read" or "upload", the object's name) that raises.
+    Set `fault` to a function of ("list", "read" or "upload", the object's name) that raises or waits, and `conditional`
+    to False for a store that creates objects where there is one already.
     """
     from etils.epath.backend import fsspec_backend
     from fake_bucket import Bucket
     from fsspec.registry import _registry
 
     state = SimpleNamespace(objects={}, asked=[], published=[], removed=[], cancelled=[], lock=threading.Lock())
-    state.fault = lambda what, path: None
+    state.fault, state.conditional = (lambda what, path: None), True
     here = type("Bucket", (Bucket,), {"state": state})
     for protocol in here.protocol:
         monkeypatch.setitem(_registry, protocol, here)

@@ -53,6 +53,23 @@ def test_what_is_written_is_listed_read_and_removed(root, no_pause):
     assert stores.listing(root) == {"b.bin": len(DATA)}
 
 
+def test_a_file_is_created_only_where_there_is_none(root, no_pause):
+    put(root / "b.bin")
+    assert stores.read_if_there(root / "a.bin") is None
+    assert stores.create(root / "a.bin", b"first") and not stores.create(root / "a.bin", b"second")
+    assert stores.read_if_there(root / "a.bin") == b"first"
+
+
+def test_a_create_that_the_store_refuses_is_one_line(bucket):
+    def refuse(what, path):
+        raise RuntimeError("403 Forbidden\nyou may not")
+
+    bucket.fault = refuse
+    with pytest.raises(UserError) as caught:
+        stores.create(epath.Path("gs://bucket/a.bin"), b"")
+    assert str(caught.value) == f"gs://bucket/a.bin: cannot be written (403 Forbidden you may not); {LOGIN}"
+
+
 def test_folders_that_are_not_there(root):
     assert stores.listing(root / "nowhere") is None
     put(root / "a.bin")
