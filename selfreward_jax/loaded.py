@@ -110,6 +110,8 @@ def describe(run: Run) -> None:
         if mesh.size == 1:
             continue
         axes = llama.logical_axes(config)
+        share = check_covered(axes, abstract_params(run, layout), mesh, rules)
+        say(f"  {share:.1%} of the parameter bytes are cut over devices")
         for name, shape, spec, size in table(axes, llama.abstract(config, dtype), mesh, rules):
             say(f"  {name:28} {shape:20} {spec:28} {size / 1e6:12,.3f} MB a device")
 
@@ -136,7 +138,7 @@ def params_of(run: Run, model: str, layout: str = "training") -> llama.Params:
     Between the layouts they move on the devices, unless sampling's dtype has lost bits that training needs.
 
     Raises:
-        UserError: if less than 98 % of their bytes lie cut over the mesh as the layout's table says.
+        UserError: if less than 98 % of their bytes lie over the mesh as the layout's table says.
     """
     held = run.held
     if held and held.model == model and held.layout == layout:

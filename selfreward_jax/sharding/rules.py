@@ -45,7 +45,7 @@ GENERATION: Rules = {
     "ffn": ("tensor", "fsdp"),
     "norm": None,
 }
-# Less than this share of the parameter bytes cut as meant is a refusal: scales of norms are 0.01 % of a 70B.
+# Less than this share of the parameter bytes where a table means them is a refusal: scales of norms are 0.01 % of a 70B.
 COVERED = 0.98
 # The layouts of parameters: how they lie in memory, and how a layer lays them out while it uses them.
 LAYOUTS: Mapping[str, tuple[Rules, Rules]] = {"training": (STORED, COMPUTED), "generation": (GENERATION, GENERATION)}
@@ -128,29 +128,57 @@ def check_divides(
 
 
 def check_covered(axes_tree: Any, tree: Any, mesh: jax.sharding.Mesh, rules: Rules = STORED) -> float:
-    """The share of bytes that the table cuts over mesh axes and that lie so; refuses less than 98 %.
+    """The share of the parameter bytes that is cut over mesh axes of more than one device.
+
+    An axis of size 1 cuts nothing: on 8x1x1 the share is 0. That is the mesh's choice (copies), and no error; nor are
+    kv heads that a table leaves whole where `tensor` is 1.
 
     Args:
         tree: arrays, or `ShapeDtypeStruct` with shardings.
 
     Raises:
-        UserError: a line for each array that lies elsewhere, or that the table does not cut.
+        UserError: if over 2 % of the bytes lie otherwise than the table means on this mesh, or are named by it for no
+            axis at all: a line for each such array.
     """
-    good, total, lines = 0, 0, []
+    cut, astray, total, lines = 0, 0, 0, []
     paths = jax.tree_util.tree_leaves_with_path(tree)
     for (path, array), axes in zip(paths, jax.tree.leaves(axes_tree, is_leaf=is_axes), strict=True):
         meant = NamedSharding(mesh, spec(axes, rules))
         size = math.prod(array.shape) * array.dtype.itemsize
         total += size
-        if array.sharding.is_equivalent_to(meant, len(array.shape)) and any(meant.spec):
-            good += size
-        else:
+        if not array.sharding.is_equivalent_to(meant, len(array.shape)) or not any(meant.spec):
+            astray += size
             lines.append(f"{_name(path)} {list(array.shape)} lies as {array.sharding.spec}, meant is {meant.spec}")
-    if good < COVERED * total:
+        elif meant.shard_shape(array.shape) != array.shape:
+            cut += size
+    if total - astray < COVERED * total:
         raise UserError(
-            f"--config.mesh: {good / total:.1%} of the parameter bytes are cut over the mesh as meant", *lines
+            f"--config.mesh: {1 - astray / total:.1%} of the parameter bytes are cut over the mesh as meant", *lines
         )
-    return good / total
+    return cut / total
+
+
+def check_alike(params: Any, state: Any) -> None:
+    """Refuses trees of the parameters' structure, such as both moments, that lie otherwise than the parameters.
+
+    Args:
+        state: any tree of arrays; only the subtrees that are shaped as `params` are looked at.
+
+    Raises:
+        UserError: a line for each such array.
+    """
+    structure, lines = jax.tree.structure(params), []
+
+    def alike(node: Any) -> bool:
+        return jax.tree.structure(node) == structure
+
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    for tree in filter(alike, jax.tree.leaves(state, is_leaf=alike)):
+        for (path, param), array in zip(paths, jax.tree.leaves(tree), strict=True):
+            if not array.sharding.is_equivalent_to(param.sharding, param.ndim):
+                lines.append(f"{_name(path)}: {array.sharding.spec}, the parameter as {param.sharding.spec}")
+    if lines:
+        raise UserError("--config.mesh: the optimizer's arrays lie otherwise than their parameters", *lines)
 
 
 def _shown(partition: P) -> str:

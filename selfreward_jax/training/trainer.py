@@ -24,6 +24,7 @@ from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.observe import metrics as metric_files
 from selfreward_jax.observe.progress import progress, say
 from selfreward_jax.sharding.place import padded_rows, place
+from selfreward_jax.sharding.rules import check_alike
 from selfreward_jax.training import checkpoint, step
 from selfreward_jax.training.logprobs import Batch
 from selfreward_jax.training.optimizer import Optimizer, make
@@ -123,7 +124,7 @@ def train(
         The trained parameters, and {updates, loss (mean over the last epoch), ...} for the stage's record.
 
     Raises:
-        UserError: if the loss or gradient norm is not finite.
+        UserError: if the loss or gradient norm is not finite, or the optimizer does not lie as the parameters.
     """
     total_steps = batches.updates(len(items), plan.epochs, plan.batch)
     state = jax.jit(make(plan.optimizer).init)(params)
@@ -136,6 +137,7 @@ def train(
             params, state = tree["params"], tree["state"]
             say(f"[{name}] continues after update {first} of {total_steps}")
     total = jax.jit(lambda p: (jax.tree.map(jnp.zeros_like, p), jnp.float32(0)))(params)
+    check_alike(params, (state, total))
     write, close = metric_files.writer(directory / "metrics")
     base = jax.random.key(plan.seed)
     pending: tuple[int, int, list[step.Metrics], jax.Array] | None = None

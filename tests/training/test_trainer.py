@@ -3,12 +3,14 @@
 import dataclasses
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from jax.sharding import PartitionSpec as P
 
 from selfreward_jax.data import batches
 from selfreward_jax.data.batches import Row, Shape
@@ -157,6 +159,26 @@ def test_a_loss_that_is_not_finite_is_a_users_error(run, tmp_path, small, mesh, 
     _, summary = run("nan")  # and the folder can be used again
     assert summary["updates"] == 5
     assert np.isfinite(summary["loss"])
+
+
+@pytest.mark.parametrize("mesh", [(1, 2, 2)], indirect=True)
+def test_an_optimizer_that_lost_its_axes_is_refused(mesh, even, items, random_params, tmp_path, monkeypatch):
+    """Before the first update: moments that every device holds whole."""
+
+    def init(params):
+        return make(PLAN.optimizer).init(jax.tree.map(lambda a: jax.sharding.reshard(a, P()), params))
+
+    def go():
+        params, folder = random_params(even, mesh), epath.Path(tmp_path)
+        return trainer.train(
+            "test", even, COMPUTE, PLAN, mesh, params, items, failing(0), step.sft_objective, folder
+        )
+
+    with pytest.raises(InterruptedError):  # as it should be, the first microbatch is reached
+        go()
+    monkeypatch.setattr(trainer, "make", lambda spec: SimpleNamespace(init=init))
+    with pytest.raises(UserError, match="the optimizer's arrays lie otherwise than their parameters"):
+        go()
 
 
 def test_collate_pairs_interleaves_and_pads(small, mesh, items):
