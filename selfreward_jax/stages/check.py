@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from selfreward_jax import workdir
 from selfreward_jax.data.chat import decode, encode_prompt
 from selfreward_jax.data.records import Judgment, RankedSet, Response
 from selfreward_jax.data.seeds import prompt_texts
@@ -18,8 +19,10 @@ from selfreward_jax.sampling.engine import Completion, Request
 
 def make(run: Run, model: str) -> dict[str, Any]:
     """Judges held-out ranked replies and answers validation prompts with `model`; writes under `MODEL/check/`."""
-    (run.root / model / "check").mkdir(parents=True, exist_ok=True)  # also where there is nothing to measure
-    return _answers(run, model) | _judge_accuracy(run, model)
+    facts = _answers(run, model) | _judge_accuracy(run, model)
+    # The stage's output, also where there is nothing to measure: an object store has no empty folders.
+    workdir.write_json(run.root / model / "check" / "measured.json", facts)
+    return facts
 
 
 def _answers(run: Run, model: str) -> dict[str, Any]:
