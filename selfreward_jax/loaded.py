@@ -196,8 +196,10 @@ def fixed_model(run: Run, name: str, option: str) -> tuple[engines.Engine, Chat]
     chat = load_chat(source.tokenizer, "own" if source.tokenizer.chat_template else "llama2", source.eos_ids)
     dtype = run.config.model.compute_dtype
     mesh = generation_mesh(run.config.generation_mesh, source, dtype, run.mesh)
+    form = attention_form(run.config.model.attention, source.config, dtype)  # its heads may be of another size
+    say(f"{option}={name}: attention {form}, generation mesh {shape_of(mesh)}")
     params = load_params(source, mesh, dtype, LAYOUTS["generation"][0])
-    return _engine(run, source, chat, params, mesh), chat
+    return _engine(dataclasses.replace(run, attention=form), source, chat, params, mesh), chat
 
 
 def prompt_writer(run: Run, before: str) -> tuple[engines.Engine, Chat]:
