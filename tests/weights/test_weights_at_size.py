@@ -29,7 +29,7 @@ def test_four_gigabytes_need_less_than_a_tenth_more(arguments, tmp_path):
     figures = bench(tmp_path, *arguments)
     assert figures["bytes"] > 4.2e9 and figures["mesh"] == [1, 4, 2]
     assert figures["bytes"] < figures["file_bytes"] < 1.001 * figures["bytes"]
-    assert figures["peak_over_bytes"] < 0.1
+    assert figures["peak_over_bytes"] < figures["whole_over_bytes"] < 0.1  # without and with Python and JAX
     assert figures["save_peak_over_bytes"] < 0.1
     assert figures["saved_equal"] is True
     assert figures["largest_saved_file"] <= 1.5e9
