@@ -53,13 +53,13 @@ def records(root, pattern):
 
 @pytest.mark.full
 def test_two_processes_give_what_one_gives(tmp_path):
-    """2 processes x 4 devices against 1 x 8: data x fsdp x tensor = 1x4x2 to train and 2x2x2 to sample."""
-    mesh = ("mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2", "generation_mesh.data=4", "generation_mesh.fsdp=1", "generation_mesh.tensor=2")
+    """2 processes x 4 devices against 1 x 8: data x fsdp x tensor = 1x4x2 to train; 2x2x2 to sample, a head a device."""
+    mesh = ("mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2", "generation_mesh.data=2", "generation_mesh.fsdp=2", "generation_mesh.tensor=2")
     given = ("--config=configs/m2.py:tiny", *SMALL, *(f"--config.{one}" for one in mesh), f"--config.engine.cache={tmp_path / 'cache'}")
     for name, count in (("one", 1), ("two", 2)):
         codes, logs = job(tmp_path / f"{name}.logs", count, 8 // count, *given, f"--workdir={tmp_path / name}")
         assert codes == [0] * count, logs[0][-3000:]
-        assert "m2/check] done" in logs[0]
+        assert "m2/check] done" in logs[0] and "generation mesh data 2 x fsdp 2 x tensor 2" in logs[0]
     assert "of 2 processes" in logs[0] and "update" not in logs[1]
     one, two = tmp_path / "one", tmp_path / "two"
     for pattern in ("m2/prompts.jsonl", "m2/pairs.jsonl", "m2/responses/*.jsonl", "m2/judgments/*.jsonl", "*/check/*/*.jsonl"):
