@@ -1,11 +1,14 @@
 """How a job of several real processes ends: by an error that one of them has alone, and by a signal."""
 
+import json
 import os
+import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 from ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -27,34 +30,45 @@ sys.exit(cli.exit_code(work))
 """
 
 
-def two(tmp_path, statement):
-    """Runs two processes: (exit codes, what each printed, seconds until both had ended)."""
-    port, began = free_port(), time.monotonic()
+def run(tmp_path, commands, before=lambda: None):
+    """Runs two processes in folders `0` and `1`: (exit codes, what each printed, seconds until both had ended).
+
+    Args:
+        before: called in the second process before it starts.
+    """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "1",
         "XLA_FLAGS": "",
         "PYTHONPATH": str(ROOT),
     }
-    running = []
-    for index in range(2):
-        script = STEPS.format(port=port, index=index, heartbeat=HEARTBEAT, statement=statement)
+    running, began = [], time.monotonic()
+    for index, command in enumerate(commands):
+        (tmp_path / str(index)).mkdir(exist_ok=True)
         with (tmp_path / f"{index}.log").open("w") as out:
             running.append(
                 subprocess.Popen(
-                    [sys.executable, "-c", script],
-                    cwd=tmp_path,
+                    [sys.executable, *command],
+                    cwd=tmp_path / str(index),
                     env=environment,
                     stdout=out,
                     stderr=subprocess.STDOUT,
+                    preexec_fn=before if index else None,
                 )
             )
     try:
-        codes = [one.wait(120) for one in running]
+        codes = [one.wait(300) for one in running]
     finally:
         for one in running:
             one.kill()
     return codes, [(tmp_path / f"{index}.log").read_text() for index in range(2)], time.monotonic() - began
+
+
+def two(tmp_path, statement):
+    """`run` of `STEPS` with this statement."""
+    port = free_port()
+    given = {"port": port, "heartbeat": HEARTBEAT, "statement": statement}
+    return run(tmp_path, [("-c", STEPS.format(index=index, **given)) for index in range(2)])
 
 
 LONGEST = 2 * HEARTBEAT + 20  # seconds with the start of Python and jax
@@ -103,3 +117,26 @@ def test_sigterm_ends_a_process_that_waits_for_another(tmp_path):
     codes, logs, _ = two(tmp_path, statement.strip())
     assert codes[0] == 143 and codes[1] != 0
     assert "stopped; start again to go on from here" in logs[0]
+
+
+def no_big_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+
+@pytest.mark.slow
+def test_a_host_whose_checkpoint_is_not_taken_ends_all(tmp_path):
+    """People's rows, which process 0 alone sees; the disk of process 1 takes no part of a checkpoint."""
+    (tmp_path / "0").mkdir()
+    row = {"messages": [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]}
+    (tmp_path / "0" / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 64)
+    port = free_port()
+    given = (
+        "-m", "selfreward_jax.train", "--loss=sft", "--model=random:tiny", "--data=rows.jsonl", f"--config={ROOT}/configs/sft.py:tiny",
+        f"--workdir={tmp_path}/run", "--config.sft.checkpoint_every=1", "--config.sft.epochs=50", "--num_processes=2",
+        f"--coordinator=127.0.0.1:{port}", f"--heartbeat_timeout={HEARTBEAT}",
+    )  # fmt: skip
+    codes, logs, _ = run(tmp_path, [(*given, f"--process_id={index}") for index in range(2)], no_big_files)
+    assert "[trained/examples] 64 examples" in logs[0] and "examples" not in logs[1]
+    assert codes[1] == 2 and codes[0] not in (0, 2), logs[0][-2000:]
+    assert "checkpoints: cannot be written (File too large" in logs[1] and "(process 1 of 2)" in logs[1]
+    assert logs[1].splitlines()[-1].startswith("error: ")  # above it tensorstore may show tracebacks of its threads
