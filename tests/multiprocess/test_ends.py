@@ -30,11 +30,12 @@ sys.exit(cli.exit_code(work))
 """
 
 
-def run(tmp_path, commands, before=lambda: None):
+def run(tmp_path, commands, before=lambda: None, more=({}, {})):
     """Runs two processes in folders `0` and `1`: (exit codes, what each printed, seconds until both had ended).
 
     Args:
         before: called in the second process before it starts.
+        more: environment variables of each.
     """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -50,7 +51,7 @@ def run(tmp_path, commands, before=lambda: None):
                 subprocess.Popen(
                     [sys.executable, *command],
                     cwd=tmp_path / str(index),
-                    env=environment,
+                    env=environment | more[index],
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     preexec_fn=before if index else None,
@@ -140,3 +141,61 @@ def test_a_host_whose_checkpoint_is_not_taken_ends_all(tmp_path):
     assert codes[1] == 2 and codes[0] not in (0, 2), logs[0][-2000:]
     assert "checkpoints: cannot be written (File too large" in logs[1] and "(process 1 of 2)" in logs[1]
     assert logs[1].splitlines()[-1].startswith("error: ")  # above it tensorstore may show tracebacks of its threads
+
+
+# What a process of a job says that found its place out, and what it was started with.
+FOUND = """
+import sys
+from selfreward_jax import cli, cluster, processes
+{first}
+
+def work():
+    processes.start(processes.Place(timeout={timeout}, heartbeat={heartbeat}), {{"config": "{config}"}})
+    print("of", processes.count(), processes.together(lambda: "met"))
+
+sys.exit(cli.exit_code(work))
+"""
+
+
+def slurm(tmp_path, configs, tasks=2, timeout=60, first=""):
+    given, port = {"timeout": timeout, "heartbeat": HEARTBEAT, "first": first}, str(free_port())
+    step = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": str(tasks),
+        "SLURM_STEP_NUM_TASKS": str(tasks),
+    }
+    more = [
+        step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "JAX_COORDINATOR_PORT": port}
+        for i in range(len(configs))
+    ]
+    commands = [("-c", FOUND.format(config=config, **given)) for config in configs]
+    codes, logs, _ = run(tmp_path, commands, more=more)
+    return codes, logs
+
+
+def test_slurm_tasks_meet(tmp_path):
+    codes, logs = slurm(tmp_path, ["a", "a"])
+    assert codes == [0, 0]
+    assert "of 2 met" in logs[0] and "of 2 met" in logs[1]
+
+
+def test_a_slurm_task_that_differs_is_named(tmp_path):
+    codes, logs = slurm(tmp_path, ["a", "b"])
+    assert codes == [2, 2]
+    for log in logs:
+        assert log == "error: config of process 1 is b, of process 0 a; start all with the same\n"
+
+
+def test_one_that_differs_is_named_too_where_only_jax_finds_the_others(tmp_path):
+    codes, logs = slurm(tmp_path, ["a", "b"], first="cluster.find = lambda *_: None")
+    assert codes == [2, 2]
+    assert "error: config of process 1 is b, of process 0 a; start all with the same\n" in logs[0]
+    assert "error" not in logs[1]
+
+
+def test_a_slurm_task_that_is_missing_is_named(tmp_path):
+    codes, logs = slurm(tmp_path, ["a", "a"], tasks=3, timeout=15)
+    assert codes == [2, 2]
+    for log in logs:
+        assert "processes 2 had not arrived at 127.0.0.1:" in log and "Traceback" not in log
