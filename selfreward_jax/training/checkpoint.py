@@ -101,7 +101,7 @@ def load_params(directory: epath.Path, like: Any) -> Any:
     Raises:
         UserError: if the folder is missing or does not hold that tree.
     """
-    if not directory.exists():
+    if not stores.exists(directory):
         raise UserError(f"{directory}: no parameters here; the stage that makes them has not finished")
     try:
         with ocp.StandardCheckpointer() as checkpointer:
