@@ -68,7 +68,8 @@ def split(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
 
 def add_place(parser: argparse.ArgumentParser) -> None:
     """Options for several processes: which of them this is."""
-    group = parser.add_argument_group("several processes (on TPU slices, Slurm and Kubernetes they find each other)")
+    found = "TPU slices, Slurm, Open MPI and Kubernetes say it: docs/scaling.md"
+    group = parser.add_argument_group(f"several processes ({found})")
     group.add_argument("--coordinator", default="", metavar="HOST:PORT", help="where process 0 listens")
     group.add_argument("--num_processes", type=int, default=0, help="how many there are")
     group.add_argument("--process_id", type=int, default=-1, help="which one this is, from 0")

@@ -60,7 +60,7 @@ def records(root, pattern):
 
 @pytest.mark.full
 def test_two_processes_give_what_one_gives(tmp_path):
-    """2 processes x 4 devices against 1 x 8: data x fsdp x tensor = 1x4x2 to train and 2x2x2 to sample."""
+    """2 processes x 4 devices against 1 x 8: data x fsdp x tensor = 1x4x2 to train and 4x1x2 to sample."""
     mesh = (
         "mesh.data=1",
         "mesh.fsdp=4",
