@@ -50,6 +50,7 @@ setup(
         "test": ["pytest>=8", "pytest-cov", "hypothesis", "ruff", "pyright[nodejs]", "torch==2.13.0"],
         "gpu": ["jax[cuda13]>=0.10,<0.12"],
         "gcs": ["gcsfs"],  # gs:// folders; s3:// needs s3fs
+        "k8s": ["kubernetes"],  # with it the processes of a Kubernetes job find each other
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "eval": ["lm-eval", "alpaca-eval"],
         # Rivals only: benchmarks/ and tests/golden/make_dpo_golden.py.

@@ -5,7 +5,7 @@
 #
 # The first argument is the number of processes, the rest goes to selfreward_jax.main. On a CPU each has $DEVICES virtual
 # devices (4); the GPUs of a machine are dealt out evenly. Process 0 speaks, the others write to $LOGS/process-N.log
-# (a temporary folder). When one dies the others are stopped, and the exit code is not 0.
+# (a temporary folder). When one dies the others are stopped, and the exit code is not 0. Ctrl-C and SIGTERM stop all.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -30,11 +30,18 @@ if ((gpus % count)); then
 fi
 
 pids=()
+# A child in the background of a script ignores SIGINT, so Ctrl-C is passed on as SIGTERM. One that hangs is killed.
 stop() {
-  ((${#pids[@]})) && kill -"$1" "${pids[@]}" 2>/dev/null
+  ((${#pids[@]})) || return
+  kill -TERM "${pids[@]}" 2>/dev/null
+  for ((tenth = 0; tenth < 200; tenth++)); do
+    kill -0 "${pids[@]}" 2>/dev/null || return
+    sleep 0.1
+  done
+  kill -KILL "${pids[@]}" 2>/dev/null
 }
-trap 'stop INT; wait; exit 130' INT
-trap 'stop TERM; wait; exit 143' TERM
+trap 'stop; exit 130' INT
+trap 'stop; exit 143' TERM
 
 for ((index = 0; index < count; index++)); do
   if ((gpus)); then
@@ -48,7 +55,8 @@ for ((index = 0; index < count; index++)); do
   if ((index)); then
     "${command[@]}" >"$logs/process-$index.log" 2>&1 &
   else
-    "${command[@]}" 2> >(tee "$logs/process-0.log" >&2) &
+    # Ctrl-C goes to all of the terminal's group: what process 0 says at its end still needs its pipe.
+    "${command[@]}" 2> >(trap '' INT TERM && exec tee "$logs/process-0.log" >&2) &
   fi
   pids+=($!)
 done
@@ -62,11 +70,15 @@ while ((left)); do
     [[ ${pids[$index]} == "${ended:-}" ]] && break
   done
   if ((code)); then
-    stop TERM
-    wait
-    # 2 is a mistake that process 0 has explained; anything else is a death.
-    ((code == 2)) || echo "process $index of $count ended with code $code, the others were stopped; its last lines are in" \
-      "$logs/process-$index.log; start again to go on from there" >&2
+    unset "pids[$index]"
+    stop
+    # 2 is a mistake that the process has explained, and process 0 does so here; anything else is a death.
+    if ((code == 2)); then
+      ((index)) && grep '^error:' "$logs/process-$index.log" >&2
+    else
+      echo "process $index of $count ended with code $code, the others were stopped; its last lines are in" \
+        "$logs/process-$index.log; start again to go on from there" >&2
+    fi
     exit "$code"
   fi
   unset "pids[$index]"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,26 +16,45 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from selfreward_jax import processes
+from selfreward_jax import processes, stopping
 from selfreward_jax.config import from_config_dict
 from selfreward_jax.errors import UserError
 
 
 def exit_code(command: Callable[[], Any]) -> int:
-    """Runs a command. A user's mistake is printed line by line, without a traceback, and gives 2; Ctrl-C gives 130."""
-    try:
-        command()
-    except UserError as error:
-        sys.stdout.flush()
-        if error.shared and processes.index():
-            return 2  # process 0 says it
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; start again to go on from here", file=sys.stderr)
-        return 130
-    return 0
+    """Runs a command and gives its exit code.
+
+    A user's mistake is printed line by line, without a traceback, and gives 2; Ctrl-C gives 130 and SIGTERM 143. An error
+    that one process of several has alone ends it here: the others, which wait for it, hear no more signs of life and end.
+    """
+    with stopping.signals() as asked:
+        try:
+            command()
+            return 0
+        except (Exception, KeyboardInterrupt) as error:
+            if asked.number or isinstance(error, KeyboardInterrupt):  # then other errors are of others that ended
+                code, lines = 128 + (asked.number or signal.SIGINT), ["", stopping.LINE + processes.of_job()]
+            elif isinstance(error, UserError):
+                code, lines = 2, _lines(error)
+            elif processes.count() == 1:
+                raise
+            else:
+                code, lines = 1, traceback.format_exc().splitlines()
+                lines.append(f"error: {type(error).__name__}{processes.of_job()}; the others end too")
+            with contextlib.suppress(OSError):  # nobody may read any more
+                sys.stdout.flush()
+                sys.stderr.write("".join(f"{line}\n" for line in lines))
+            if processes.count() > 1 and not getattr(error, "shared", False):
+                processes.leave(code)
+            return code
+
+
+def _lines(error: UserError) -> list[str]:
+    """What this process says of a mistake: process 0 says what all know, any other what it knows alone."""
+    if error.shared and processes.index():
+        return []
+    where = "" if error.shared else processes.of_job()
+    return [f"error: {line}{where}" for line in str(error).splitlines()]
 
 
 def split(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -47,7 +68,8 @@ def split(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
 
 def add_place(parser: argparse.ArgumentParser) -> None:
     """Options for several processes: which of them this is."""
-    group = parser.add_argument_group("several processes (on TPU slices, Slurm and Kubernetes they find each other)")
+    found = "TPU slices, Slurm, Open MPI and Kubernetes say it: docs/scaling.md"
+    group = parser.add_argument_group(f"several processes ({found})")
     group.add_argument("--coordinator", default="", metavar="HOST:PORT", help="where process 0 listens")
     group.add_argument("--num_processes", type=int, default=0, help="how many there are")
     group.add_argument("--process_id", type=int, default=-1, help="which one this is, from 0")

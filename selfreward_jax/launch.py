@@ -102,7 +102,7 @@ def start(config: Config, root: epath.Path, arguments: argparse.Namespace) -> No
     recipe.check_stop(plan, arguments.stop_after)
     processes.each(lambda: check_inputs(config, root))
     if config.model.parameters and not arguments.dry_run:
-        estimate.check_host(config, root, config.model.parameters)
+        processes.each(lambda: estimate.check_host(config, root, config.model.parameters))
     if arguments.dry_run:
         parameters = config.model.parameters or open_source(config.model.source).config.parameter_count()
         print("\n".join(estimate.table(config, root, [stage.name for stage in plan], parameters)))
@@ -117,7 +117,7 @@ def train(config: Config, loss: str, root: epath.Path, resume: str) -> None:
     """Trains on people's own data, without the loop: `recipe.own_stages`."""
     config = dataclasses.replace(config, target="sft")  # one model, for the check of this host's disk
     if config.model.parameters:
-        estimate.check_host(config, root, config.model.parameters)
+        processes.each(lambda: estimate.check_host(config, root, config.model.parameters))
     with _working(config, root, resume) as open_here:
         recipe.build(recipe.own_stages(config, loss), config, root, open_here)
 

@@ -18,7 +18,7 @@ from etils import epath
 
 from selfreward_jax import processes, stores
 from selfreward_jax.errors import UserError
-from selfreward_jax.workdir import disk_error
+from selfreward_jax.workdir import disk_error, write_text
 
 BEAT = 60.0  # seconds between two signs of life
 STALE = 600.0  # without one for this long, a run on an object store is taken to be dead
@@ -177,7 +177,7 @@ def _check_shared(root: epath.Path) -> None:
 
     def see() -> None:
         for _ in range(50):  # what one host wrote may take seconds to be seen by another
-            if mark.exists() and mark.read_text() == token:
+            if stores.exists(mark) and stores.read_whole(mark).decode() == token:
                 return
             time.sleep(0.2)
         host = socket.gethostname()
@@ -186,10 +186,10 @@ def _check_shared(root: epath.Path) -> None:
         )
 
     processes.each(see)
-    processes.together(lambda: mark.unlink())
+    processes.together(lambda: stores.remove(mark))
 
 
 def _mark(path: epath.Path) -> str:
     token = uuid.uuid4().hex
-    path.write_text(token)
+    write_text(path, token)
     return token

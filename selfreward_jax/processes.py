@@ -6,15 +6,17 @@ its outcome told to all (`together`), so that decisions, and errors, are the sam
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import glob
 import json
 import os
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
-from selfreward_jax import rendezvous
+from selfreward_jax import cluster, rendezvous
 from selfreward_jax.errors import UserError
 
 T = TypeVar("T")
@@ -29,6 +31,8 @@ class _Job:
 
 
 _JOB = _Job()  # of this process, from `start` to its end
+# Seconds: all talk through process 0 and are aborted when it ends, so those that end for the same reason go first.
+_LAST = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,21 @@ def count() -> int:
     return _JOB.count
 
 
+def of_job() -> str:
+    """Which process a line is about, to be added to it; "" if there is one only."""
+    return f" (process {_JOB.index} of {_JOB.count})" if _JOB.count > 1 else ""
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process of several at once: at a usual exit jax would wait for the others, which wait for this one."""
+    if _JOB.index == 0:
+        time.sleep(_LAST)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
 def start(place: Place, about: Mapping[str, str]) -> None:
     """Joins the job's processes, if there are several; before anything else touches jax.
 
@@ -76,45 +95,44 @@ def start(place: Place, about: Mapping[str, str]) -> None:
         )
     if all(named) and not place.index < place.count:
         raise UserError(f"--process_id={place.index}: from 0 to {place.count - 1}, as --num_processes={place.count}")
-    if not any(named) and not several(os.environ):
+    if not any(named) and not cluster.several(os.environ) and not cluster.has_tpu(os.environ):
         return
     import jax  # not before it is needed: a wrong argument should not wait for it
 
+    found = cluster.Found(place.coordinator, place.count, place.index) if all(named) else None
+    found = found or cluster.find(os.environ, place.timeout)
+    if found and not found.coordinator:
+        return
     given: dict[str, Any] = {}
-    if all(named):
-        rendezvous.meet(place.coordinator, place.count, place.index, about, place.timeout)
-        given = {"coordinator_address": place.coordinator, "num_processes": place.count, "process_id": place.index}
+    if found:
+        rendezvous.meet(found.coordinator, found.count, found.index, about, place.timeout)
+        given = {"coordinator_address": found.coordinator, "num_processes": found.count, "process_id": found.index}
+    # It would take SIGTERM for a notice and train on.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            **given, initialization_timeout=place.timeout, heartbeat_timeout_seconds=place.heartbeat
-        )
+            **given, initialization_timeout=place.timeout, heartbeat_timeout_seconds=place.heartbeat,
+            shutdown_timeout_seconds=place.heartbeat,
+        )  # fmt: skip
     except (RuntimeError, ValueError) as error:
-        raise UserError(_not_joined(place, str(error))) from error
+        raise UserError(_not_joined(found, str(error))) from error
     _JOB.index, _JOB.count = jax.process_index(), jax.process_count()
+    if not found:
+        _compare(about)
 
 
-def _not_joined(place: Place, said: str) -> str:
-    where = f"process {place.index} of {place.count} at {place.coordinator}" if place.coordinator else "this process"
+def _not_joined(found: cluster.Found | None, said: str) -> str:
+    where = f"process {found.index} of {found.count} at {found.coordinator}" if found else "this process"
     reason = said.strip().splitlines()[0] if said.strip() else "no reason given"
     return f"{where} could not join the others ({reason}); start all of them, with the same count and coordinator"
 
 
-def several(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher's variables, or a TPU, say that this may be one process of several.
-
-    jax finds the others itself; on a TPU it asks the machine, also where there is one host only.
-    """
-
-    def number(name: str) -> int:
-        value = environment.get(name, "")
-        return int(value) if value.isdigit() else 0
-
-    tasks = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
-    if any(number(name) > 1 for name in tasks) or "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
-        return True
-    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
-        return True
-    return environment.get("JAX_PLATFORMS", "tpu") not in ("cpu", "cuda") and bool(glob.glob("/dev/accel[0-9]*"))
+def _compare(about: Mapping[str, str]) -> None:
+    """What `rendezvous.meet` does before jax starts, where the processes could not meet before."""
+    own, *others = (json.loads(text) for text in _gather(json.dumps(dict(about))))
+    lines = [line for index, other in enumerate(others, 1) for line in rendezvous.differences(index, own, other)]
+    if lines:
+        raise _shared(lines)
 
 
 def together(work: Callable[[], Any]) -> Any:

@@ -35,12 +35,13 @@ def meet(coordinator: str, count: int, index: int, about: Mapping[str, str], tim
     deadline = time.monotonic() + timeout
     if count == 1:
         return
-    lines = _lead(int(port), hello, deadline) if index == 0 else _join((host, int(port)), hello, deadline)
+    lines = _lead((host, int(port)), hello, deadline) if index == 0 else _join((host, int(port)), hello, deadline)
     if lines:
         raise UserError(*lines)
 
 
-def _lead(port: int, own: dict[str, Any], deadline: float) -> list[str]:
+def _lead(address: tuple[str, int], own: dict[str, Any], deadline: float) -> list[str]:
+    host, port = address
     began = time.monotonic()
     here = {0: own}
     problems: list[str] = []
@@ -50,6 +51,7 @@ def _lead(port: int, own: dict[str, Any], deadline: float) -> list[str]:
         except OSError as error:
             raise UserError(
                 f"--coordinator: port {port} can't be used here ({error.strerror}); take another"
+                " (JAX_COORDINATOR_PORT where it is found out)"
             ) from error
         waiting = []
         while len(here) < own["count"] and not problems and time.monotonic() < deadline:
@@ -61,7 +63,7 @@ def _lead(port: int, own: dict[str, Any], deadline: float) -> list[str]:
         if missing and not problems:
             problems.append(
                 f"--num_processes={own['count']}: after {time.monotonic() - began:.0f} s processes"
-                f" {', '.join(map(str, missing))} had not arrived; start them, with this coordinator"
+                f" {', '.join(map(str, missing))} had not arrived at {host}:{port}; start them, with this coordinator"
             )
         for guest in waiting:
             with contextlib.suppress(OSError):  # one that has left by now needs no answer
@@ -90,12 +92,16 @@ def _differences(own: dict[str, Any], other: dict[str, Any], here: Mapping[int, 
         lines.append(f"--num_processes: {who} was started with {other['count']}, process 0 with {own['count']}")
     elif other["index"] in here or not 0 <= other["index"] < own["count"]:
         lines.append(f"--process_id={other['index']}: came twice or is not below {own['count']}")
-    for name, value in own["about"].items():
-        if other["about"].get(name) != value:
-            lines.append(
-                f"{name} of {who} is {other['about'].get(name)}, of process 0 {value}; start all with the same"
-            )
-    return lines
+    return lines + differences(other["index"], own["about"], other["about"])
+
+
+def differences(index: int, own: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """In what the process of this index differs from process 0, a line each."""
+    return [
+        f"{name} of process {index} is {other.get(name)}, of process 0 {value}; start all with the same"
+        for name, value in own.items()
+        if other.get(name) != value
+    ]
 
 
 def _join(address: tuple[str, int], hello: dict[str, Any], deadline: float) -> list[str]:
@@ -112,9 +118,7 @@ def _join(address: tuple[str, int], hello: dict[str, Any], deadline: float) -> l
         except OSError as error:
             reason = error.strerror or str(error)
         time.sleep(0.2)
-    return [
-        f"--coordinator={address[0]}:{address[1]}: {where} did not reach process 0 ({reason}); start process 0 there"
-    ]
+    return [f"{where} did not reach process 0 at {address[0]}:{address[1]} ({reason}); start process 0 there"]
 
 
 def _read(connection: socket.socket, seconds: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from selfreward_jax import processes, workdir
+from selfreward_jax import processes, stores, workdir
 from selfreward_jax.config import Config, TrainConfig
 from selfreward_jax.data import batches
 from selfreward_jax.data.chat import Chat, encode_prompt
@@ -92,12 +92,15 @@ def write_records(path: epath.Path, records: Sequence[Any]) -> None:
 
 def read_ours(path: epath.Path, cls: type) -> list[Any]:
     """Records of a file that the run wrote; it may hold none (a user's empty file is an error, ours is not)."""
-    return read_records(path, cls) if path.stat().length else []
+    with stores.asking(path, "read"):
+        empty = not path.stat().length
+    return [] if empty else read_records(path, cls)
 
 
 def read_parts(directory: epath.Path, cls: type) -> list[Any]:
     """Records of all part files of a finished stage, in order; what a kill left half-written is no part."""
-    names = processes.together(lambda: sorted(path.name for path in directory.glob("part-*.jsonl")))
+    there = processes.together(lambda: stores.listing(directory)) or {}
+    names = sorted(name for name in there if name.startswith("part-") and name.endswith(".jsonl"))
     return [record for name in names for record in read_ours(directory / name, cls)]
 
 

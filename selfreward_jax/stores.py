@@ -62,6 +62,31 @@ def _failed(path: epath.PathLike, what: str, error: Exception) -> UserError:
     return UserError(f"{path}: cannot be {what} ({reason}); check the name, {check}")
 
 
+@contextlib.contextmanager
+def asking(path: epath.PathLike, what: str) -> Iterator[None]:
+    """Makes whatever a store's client or a disk raises inside a `UserError`; only calls to them belong there.
+
+    Args:
+        what: was to be done: "read", "written" or "removed".
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise _failed(path, what, error) from error
+
+
+def exists(path: epath.Path) -> bool:
+    """Whether a file or folder is there.
+
+    Raises:
+        UserError: if that cannot be known.
+    """
+    with asking(path, "read"):
+        return path.exists()
+
+
 def _answered(path: epath.Path, ask: Callable[[], T]) -> T:
     """The answer to a first question, or an error while the user is still there to read it."""
     answer: concurrent.futures.Future[T] = concurrent.futures.Future()
@@ -238,16 +263,16 @@ def writing(path: epath.Path) -> Iterator[Write]:
         finally:
             scratch.unlink(missing_ok=True)
         return
-    with _uploading(path):
+    with asking(path, "written"):
         upload = _files(path).open(os.fspath(path), "wb", block_size=_UPLOAD_BYTES)
     try:
 
         def write(piece: Any) -> None:
-            with _uploading(path):
+            with asking(path, "written"):
                 upload.write(piece)
 
         yield write
-        with _uploading(path):
+        with asking(path, "written"):
             upload.close()
     except BaseException:
         with contextlib.suppress(Exception):  # the error that matters is the first
@@ -256,22 +281,11 @@ def writing(path: epath.Path) -> Iterator[Write]:
         raise
 
 
-@contextlib.contextmanager
-def _uploading(path: epath.Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # whatever this store's client raises
-        raise _failed(path, "written", error) from error
-
-
 def remove(path: epath.Path) -> None:
-    """Removes a file if it is there."""
-    if not is_remote(path):
-        path.unlink(missing_ok=True)
-        return
-    try:
-        _files(path).rm(os.fspath(path))
-    except FileNotFoundError:
-        return
-    except Exception as error:  # whatever this store's client raises
-        raise _failed(path, "removed", error) from error
+    """Removes a file if it is there.
+
+    Raises:
+        UserError: if it cannot be removed.
+    """
+    with asking(path, "removed"), contextlib.suppress(FileNotFoundError):
+        _files(path).rm(os.fspath(path)) if is_remote(path) else path.unlink()

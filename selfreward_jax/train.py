@@ -11,6 +11,7 @@ import sys
 
 from selfreward_jax import cli
 from selfreward_jax.errors import UserError
+from selfreward_jax.observe.progress import say
 
 
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -55,7 +56,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     root = cli.folder(arguments.workdir)
     launch.join(checked, arguments)
     launch.train(checked, arguments.loss, root, arguments.resume)
-    print(root / "trained" / "model")
+    say(f"{root / 'trained' / 'model'}")
 
 
 def main() -> int:

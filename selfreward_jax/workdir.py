@@ -83,8 +83,9 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
 
 def manifest(path: epath.Path) -> str:
     """Identity of a file (its bytes) or a folder (names and sizes of all its files; parameters are big)."""
-    if path.is_dir():
-        return digest(sorted((str(file.relative_to(path)), file.stat().length) for file in _files(path)))
+    with stores.asking(path, "read"):
+        if path.is_dir():
+            return digest(sorted((str(file.relative_to(path)), file.stat().length) for file in _files(path)))
     return hashlib.sha256(stores.read_whole(path)).hexdigest()
 
 
@@ -102,11 +103,11 @@ def record_path(root: epath.Path, stage: str) -> epath.Path:
 def is_done(root: epath.Path, stage: str) -> bool:
     """Whether the stage's record matches the inputs and outputs that are there."""
     path = record_path(root, stage)
-    if not path.exists():
+    if not stores.exists(path):
         return False
     record = read_json(path)
     for name, identity in (record["inputs"] | record["outputs"]).items():
-        if not (root / name).exists() or manifest(root / name) != identity:
+        if not stores.exists(root / name) or manifest(root / name) != identity:
             return False
     return True
 
@@ -128,8 +129,8 @@ def begin(
     """
     mark = record_path(root, stage).with_suffix(".begun.json")
     identity = digest([dict(settings), _entry(root, inputs)])
-    record_path(root, stage).unlink(missing_ok=True)
-    if mark.exists() and read_json(mark)["identity"] == identity:
+    stores.remove(record_path(root, stage))
+    if stores.exists(mark) and read_json(mark)["identity"] == identity:
         return
     for path in partial:
         remove(path)
@@ -156,14 +157,14 @@ def finish(
         "facts": dict(facts), "inputs": _entry(root, inputs), "outputs": _entry(root, outputs),
     }  # fmt: skip
     write_json(path, record)
-    path.with_suffix(".begun.json").unlink(missing_ok=True)
+    stores.remove(path.with_suffix(".begun.json"))
 
 
 @processes.for_all
 def facts(root: epath.Path, stage: str) -> dict[str, Any]:
     """The facts of a finished stage, with its seconds; {} if it has no record."""
     path = record_path(root, stage)
-    if not path.exists():
+    if not stores.exists(path):
         return {}
     record = read_json(path)
     return record["facts"] | {"seconds": record["seconds"]}
@@ -172,16 +173,17 @@ def facts(root: epath.Path, stage: str) -> dict[str, Any]:
 @processes.for_all
 def exist(paths: Sequence[epath.Path]) -> list[bool]:
     """Which of these are there, as process 0 sees it."""
-    return [path.exists() for path in paths]
+    return [stores.exists(path) for path in paths]
 
 
 @processes.for_all
 def remove(path: epath.Path) -> None:
     """Deletes a file or a folder, if it is there."""
-    if path.is_dir():
-        path.rmtree()
-    else:
-        path.unlink(missing_ok=True)
+    with stores.asking(path, "removed"):
+        if path.is_dir():
+            path.rmtree()
+            return
+    stores.remove(path)
 
 
 def parts(directory: epath.Path, count: int) -> list[epath.Path]:
@@ -203,7 +205,7 @@ def check_config(root: epath.Path, resolved: Mapping[str, Any], free: set[str], 
     """
     path = root / "config.json"
     resolved = json.loads(json.dumps(resolved))  # as it will be read back: a tuple is a list there
-    if path.exists() and not override:
+    if stores.exists(path) and not override:
         before = read_json(path)
         lines = [
             f"--config.{name}={resolved.get(name)!r}: this run was begun with {before.get(name)!r}"

@@ -14,8 +14,8 @@ PACKAGE = Path(selfreward_jax.__file__).parent
 # A module imports its own layer and those before it. A package or module that is in no layer fails the test.
 LAYERS = (
     (
-        "errors", "contradictions", "config", "presets", "cli", "rendezvous", "processes", "stores", "workdir", "lock", "observe",
-        "data", "judging", "self_instruct",
+        "errors", "contradictions", "config", "presets", "cli", "cluster", "rendezvous", "processes", "stopping", "stores", "workdir", "lock",
+        "observe", "data", "judging", "self_instruct",
     ),
     ("sharding",),
     ("model",),

@@ -1,30 +1,10 @@
-"""Which machines start several processes, and what one process alone does; real jobs are in tests/multiprocess."""
+"""Places that are none, and what one process alone does; real jobs are in tests/multiprocess."""
 
 import pytest
 
 from selfreward_jax import processes
 from selfreward_jax.errors import UserError
 from selfreward_jax.processes import Place
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"}, True),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, False),  # a shell on one node of an allocation
-        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
-        ({"MEGASCALE_NUM_SLICES": "2"}, True),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
-        ({"OMPI_COMM_WORLD_SIZE": "many"}, False),
-        ({}, False),
-    ],
-)
-def test_who_starts_several(environment, expected):
-    assert processes.several({"JAX_PLATFORMS": "cpu"} | environment) is expected
 
 
 @pytest.mark.parametrize(

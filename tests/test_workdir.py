@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from etils import epath
+from fake_bucket import Bucket
 
 from selfreward_jax import lock, workdir
 from selfreward_jax.errors import UserError
@@ -83,7 +84,11 @@ def test_a_second_process_is_refused_while_the_first_lives(root: epath.Path) -> 
     )
     repository = str(Path(__file__).resolve().parents[1])
     child = subprocess.Popen(
-        [sys.executable, "-c", code, os.fspath(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=repository
+        [sys.executable, "-c", code, os.fspath(root)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=repository,
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "held\n"
@@ -150,6 +155,44 @@ def test_a_store_without_credentials_is_one_line(bucket) -> None:
         raise OSError("Anonymous caller does not have storage.objects.list access")
 
     bucket.fault = refuse
-    with pytest.raises(UserError, match=r"gs://bucket/run: cannot be listed .*gcloud auth") as caught, lock.locked(epath.Path("gs://bucket/run")):
+    with (
+        pytest.raises(UserError, match=r"gs://bucket/run: cannot be listed .*gcloud auth") as caught,
+        lock.locked(epath.Path("gs://bucket/run")),
+    ):
         pass
     assert len(caught.value.args) == 1
+
+
+class Refused(Exception):
+    """What a store's client may raise: no OSError."""
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda root: workdir.is_done(root, "m2/pairs"),
+        lambda root: workdir.facts(root, "m2/pairs"),
+        lambda root: workdir.begin(root, "m2/pairs", {}, [], []),
+        lambda root: workdir.exist([root / "a"]),
+        lambda root: workdir.remove(root / "a"),
+        lambda root: workdir.manifest(root / "a"),
+        lambda root: workdir.check_config(root, {}, set(), override=False),
+        lambda root: lock._read(root / ".lock.json"),
+        lambda root: metrics.read(root / "metrics"),
+        lambda root: metrics.writer(root / "metrics"),
+    ],
+)
+def test_a_store_that_refuses_while_the_run_goes_on_is_one_line(
+    bucket, monkeypatch: pytest.MonkeyPatch, ask: Any
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise Refused("403: no\nlonger")
+
+    bucket.fault = refuse
+    for name in ("exists", "isdir", "info", "rm"):
+        monkeypatch.setattr(Bucket, name, refuse)
+    with pytest.raises(
+        UserError,
+        match=r"gs://bucket/run.*: cannot be (read|listed|removed|written) \(403: no longer\); .*gcloud auth",
+    ):
+        ask(epath.Path("gs://bucket/run"))

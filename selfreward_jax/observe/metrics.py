@@ -21,12 +21,11 @@ def writer(directory: epath.Path) -> tuple[Callable[[Mapping[str, float | int]],
     """
     if processes.index():
         return lambda row: None, lambda: None
-    directory.mkdir(parents=True, exist_ok=True)
-    here = directory.iterdir() if directory.exists() else []  # an object store makes no empty folder
-    index = sum(path.name.startswith("segment-") for path in here)
+    index = sum(name.startswith("segment-") for name in stores.listing(directory) or ())
     path = directory / f"segment-{index:05d}.jsonl"
     if stores.is_remote(directory):
         return _remote(path)
+    directory.mkdir(parents=True, exist_ok=True)
     file = path.open("w")
 
     def write(row: Mapping[str, float | int]) -> None:
@@ -62,10 +61,8 @@ def read(directory: epath.Path) -> list[dict[str, float]]:
     All processes of a job call this in step.
     """
     rows: dict[int, dict[str, float]] = {}
-    if not directory.exists():
-        return []
-    for path in sorted(directory.iterdir(), key=lambda p: p.name):
-        for line in stores.read_whole(path).decode().splitlines():
+    for name in sorted(stores.listing(directory) or ()):
+        for line in stores.read_whole(directory / name).decode().splitlines():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:

@@ -8,7 +8,8 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from selfreward_jax import workdir
+from selfreward_jax import processes, workdir
+from selfreward_jax.observe.progress import say
 
 COLUMNS = (
     "model", "loss", "parse rate", "judge accuracy [95 %]", "ties half [95 %]", "own score", "candidates' score", "pairs kept",
@@ -61,16 +62,23 @@ NOTES = """
 """
 
 
-def write(root: epath.Path, models: list[str], stages: list[str]) -> None:
-    """Prints the table and writes it, with the seconds of every stage, to `report.md`."""
-    rows = [row(root, model, stages) for model in models]
-    table = Table(title=f"{root}", show_lines=False)
+def _show(title: str, rows: list[list[str]]) -> None:
+    console = Console()
+    if processes.index() or not console.is_terminal:
+        say(markdown(rows))
+        return
+    table = Table(title=title, show_lines=False)
     for name in COLUMNS:
         table.add_column(name, overflow="fold")
     for cells in rows:
         table.add_row(*cells)
-    console = Console()
-    console.print(table) if console.is_terminal else print(markdown(rows), flush=True)
+    console.print(table)
+
+
+def write(root: epath.Path, models: list[str], stages: list[str]) -> None:
+    """Prints the table and writes it, with the seconds of every stage, to `report.md`."""
+    rows = [row(root, model, stages) for model in models]
+    _show(str(root), rows)
     lines = [
         f"| {name} | {workdir.facts(root, name)['seconds']:.1f} |\n" for name in stages if workdir.facts(root, name)
     ]

@@ -1,10 +1,14 @@
-"""People's own data for training without the loop: instruction rows for SFT, preference rows for DPO."""
+"""People's own data for training without the loop: instruction rows for SFT, preference rows for DPO.
+
+Process 0 reads them for all: it alone needs to see the files.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
+from selfreward_jax import processes
 from selfreward_jax.data import layouts
 from selfreward_jax.data.chat import encode_response
 from selfreward_jax.data.records import Pair
@@ -13,6 +17,7 @@ from selfreward_jax.observe.progress import say
 from selfreward_jax.run import Run, pair_rows, write_records
 
 
+@processes.for_all
 def examples(run: Run) -> dict[str, Any]:
     """Writes `trained/examples.jsonl` from `data.ift`."""
     rows, drops = layouts.read_examples(run.config.data.ift, "--data")
@@ -21,6 +26,7 @@ def examples(run: Run) -> dict[str, Any]:
     return {"examples": len(rows), "drops": dict(drops)}
 
 
+@processes.for_all
 def preferences(run: Run) -> dict[str, Any]:
     """Writes `trained/pairs.jsonl` from `data.preferences`; a pair over `data.max_length` is dropped, never cut.
 

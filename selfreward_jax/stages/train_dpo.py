@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from selfreward_jax import stores
 from selfreward_jax.data import batches
 from selfreward_jax.data.records import Pair, read_records
 from selfreward_jax.errors import UserError
@@ -28,7 +29,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 def _cached(run: Run, model: str, pairs: Sequence[Pair]) -> list[trainer.PairRow]:
     """Pairs with the summed reference log-probs from disk; every pair must be there, token for token."""
     path = run.root / model / "reference.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in stores.read_whole(path).decode().splitlines()]
     items = []
     for index, pair in enumerate(pairs):
         line = lines[index] if index < len(lines) else {}

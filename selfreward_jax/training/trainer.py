@@ -129,7 +129,7 @@ def train(
     total_steps = batches.updates(len(items), plan.epochs, plan.batch)
     state = jax.jit(make(plan.optimizer).init)(params)
     first = 0
-    checkpoints = checkpoint.manager(directory / "checkpoints", plan.keep) if plan.checkpoint_every else None
+    checkpoints = checkpoint.open_folder(directory / "checkpoints", plan.keep) if plan.checkpoint_every else None
     if checkpoints:
         found = checkpoint.restore(checkpoints, {"params": params, "state": state})
         if found:
@@ -183,6 +183,8 @@ def train(
                 parts.append(measured)
             params, state, total, norm = step.apply_gradient(plan.optimizer, params, state, total)
             note = report() or note
+            if checkpoints:
+                checkpoint.check(checkpoints)
             pending = (number, sum(len(row.tokens) for item in chosen for row in item.rows), parts, norm)
             if checkpoints and (number + 1) % plan.checkpoint_every == 0 and number + 1 < total_steps:
                 note = report() or note  # a state is saved only after its loss is known to be finite

@@ -16,7 +16,12 @@ from safetensors.numpy import load_file
 ROOT = Path(__file__).parents[2]
 HEARTBEAT = 10
 # The tiny loop with less of everything; the judge has to learn its format, or there is no pair.
-SMALL = ("--config.aift.num_prompts=(4,)", "--config.check.prompts=2", "--config.eft.eval_sets=1", "--config.prompts.requests=2")
+SMALL = (
+    "--config.aift.num_prompts=(4,)",
+    "--config.check.prompts=2",
+    "--config.eft.eval_sets=1",
+    "--config.prompts.requests=2",
+)
 
 
 def start(index, count, port, devices, *arguments, log):
@@ -28,7 +33,9 @@ def start(index, count, port, devices, *arguments, log):
         "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "SELFREWARD_LOG_EVERY": "0",
         "XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
-    place = (f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={index}") if count > 1 else ()
+    place = (
+        (f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={index}") if count > 1 else ()
+    )
     command = [sys.executable, "-m", "selfreward_jax.main", *arguments, *place, f"--heartbeat_timeout={HEARTBEAT}"]
     with log.open("w") as out:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
@@ -62,12 +69,20 @@ def test_two_processes_give_what_one_gives(tmp_path):
         assert "m2/check] done" in logs[0] and "generation mesh data 2 x fsdp 2 x tensor 2" in logs[0]
     assert "of 2 processes" in logs[0] and "update" not in logs[1]
     one, two = tmp_path / "one", tmp_path / "two"
-    for pattern in ("m2/prompts.jsonl", "m2/pairs.jsonl", "m2/responses/*.jsonl", "m2/judgments/*.jsonl", "*/check/*/*.jsonl"):
+    for pattern in (
+        "m2/prompts.jsonl",
+        "m2/pairs.jsonl",
+        "m2/responses/*.jsonl",
+        "m2/judgments/*.jsonl",
+        "*/check/*/*.jsonl",
+    ):
         ours, theirs = records(one, pattern), records(two, pattern)
         assert len(ours) == len(theirs) > 0, pattern
         for here, there in zip(ours, theirs, strict=True):
             close = [name for name in here if name.endswith("logprobs")]
-            assert {k: v for k, v in here.items() if k not in close} == {k: v for k, v in there.items() if k not in close}
+            assert {k: v for k, v in here.items() if k not in close} == {
+                k: v for k, v in there.items() if k not in close
+            }
             for name in close:
                 np.testing.assert_allclose(here[name], there[name], atol=1e-4)
     for here, there in zip(records(one, "m2/reference.jsonl"), records(two, "m2/reference.jsonl"), strict=True):
@@ -84,7 +99,12 @@ def test_two_processes_give_what_one_gives(tmp_path):
 @pytest.mark.slow
 def test_when_one_dies_the_others_end_and_a_restart_on_other_processes_goes_on(tmp_path):
     """Killed with two processes, continued with one and on another mesh."""
-    given = ("--config=configs/sft.py:tiny", *SMALL, f"--workdir={tmp_path / 'run'}", "--config.sft.checkpoint_every=2")
+    given = (
+        "--config=configs/sft.py:tiny",
+        *SMALL,
+        f"--workdir={tmp_path / 'run'}",
+        "--config.sft.checkpoint_every=2",
+    )
     port, logs = free_port(), [tmp_path / f"{index}.log" for index in range(2)]
     running = [start(index, 2, port, 2, *given, log=log) for index, log in enumerate(logs)]
     try:
@@ -105,7 +125,16 @@ def test_when_one_dies_the_others_end_and_a_restart_on_other_processes_goes_on(t
 
 
 def test_a_mistake_is_one_line_of_process_0(tmp_path):
-    codes, logs = job(tmp_path, 2, 1, "--config=configs/sft.py:tiny", f"--workdir={tmp_path / 'run'}", "--config.mesh.tensor=2", "--config.mesh.data=1", "--config.mesh.fsdp=2")
+    codes, logs = job(
+        tmp_path,
+        2,
+        1,
+        "--config=configs/sft.py:tiny",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.mesh.tensor=2",
+        "--config.mesh.data=1",
+        "--config.mesh.fsdp=2",
+    )
     assert codes == [2, 2]
     assert "error: --config.mesh: mesh 1x2x2 does not divide 2 devices" in logs[0]
     assert "error:" not in logs[1] and "Traceback" not in logs[0] + logs[1]
@@ -113,7 +142,9 @@ def test_a_mistake_is_one_line_of_process_0(tmp_path):
 
 def test_a_process_that_never_comes_is_named(tmp_path):
     port, log = free_port(), tmp_path / "0.log"
-    alone = start(0, 3, port, 1, "--config=configs/sft.py:tiny", f"--workdir={tmp_path / 'run'}", "--join_timeout=2", log=log)
+    alone = start(
+        0, 3, port, 1, "--config=configs/sft.py:tiny", f"--workdir={tmp_path / 'run'}", "--join_timeout=2", log=log
+    )
     assert alone.wait(120) == 2
     assert "processes 1, 2 had not arrived" in log.read_text()
     assert not (tmp_path / "run" / "config.json").exists()
@@ -130,26 +161,60 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path):
     assert "does not see what process 0 writes there" in logs[0].read_text()
 
 
-@pytest.mark.slow
-def test_the_launcher_says_who_died(tmp_path):
-    environment = os.environ | {"LOGS": str(tmp_path), "DEVICES": "1", "JAX_PLATFORMS": "cpu", "SELFREWARD_LOG_EVERY": "0"}
+@pytest.fixture
+def launcher(tmp_path):
+    """A job of the launcher that trains: (the launcher's process, the file of what it prints)."""
+    environment = os.environ | {
+        "LOGS": str(tmp_path),
+        "DEVICES": "1",
+        "JAX_PLATFORMS": "cpu",
+        "SELFREWARD_LOG_EVERY": "0",
+    }
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     environment.pop("XLA_FLAGS", None)
     command = ["bash", "launch/processes.sh", "2", "--config=configs/sft.py:tiny", f"--workdir={tmp_path / 'run'}"]
     command += [*SMALL, f"--heartbeat_timeout={HEARTBEAT}"]
-    with (tmp_path / "out").open("w") as out:
-        job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    said = tmp_path / "out"
+    with said.open("w") as out:
+        job = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         until = time.monotonic() + 300
-        while "[sft/train] 2/" not in (tmp_path / "out").read_text():
-            assert time.monotonic() < until and job.poll() is None, (tmp_path / "out").read_text()[-2000:]
+        while "[sft/train] 2/" not in said.read_text():
+            assert time.monotonic() < until and job.poll() is None, said.read_text()[-2000:]
             time.sleep(0.2)
-        found = subprocess.run(["pgrep", "-g", str(job.pid), "-f", "process_id=1"], capture_output=True, text=True, check=True)
-        for pid in found.stdout.split():
-            os.kill(int(pid), signal.SIGKILL)
-        assert job.wait(6 * HEARTBEAT) != 0
+        yield job, said
     finally:
-        if job.poll() is None:
+        if of_job(job):
             os.killpg(job.pid, signal.SIGKILL)
-    said = (tmp_path / "out").read_text()
-    assert "process 1 of 2 ended with code 137, the others were stopped" in said and "start again to go on" in said
+        job.wait()
+
+
+def of_job(job, *arguments):
+    """The processes of the launcher's session that live."""
+    found = subprocess.run(["pgrep", "-g", str(job.pid), *arguments], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+@pytest.mark.slow
+def test_the_launcher_says_who_died(launcher):
+    job, said = launcher
+    for pid in of_job(job, "-f", "process_id=1"):
+        os.kill(pid, signal.SIGKILL)
+    assert job.wait(6 * HEARTBEAT) != 0
+    assert "process 1 of 2 ended with code 137, the others were stopped" in said.read_text()
+    assert "start again to go on" in said.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("send", "number", "code"), [(os.killpg, signal.SIGINT, 130), (os.kill, signal.SIGTERM, 143)]
+)
+def test_the_launcher_stops_all(launcher, send, number, code):
+    """A terminal's Ctrl-C goes to all of them, a scheduler's SIGTERM to the launcher alone."""
+    job, said = launcher
+    send(job.pid, number)
+    assert job.wait(40) == code
+    assert not of_job(job, "-f", "process_id=")
+    assert "stopped; start again to go on from here (process 0 of 2)" in said.read_text()

@@ -2,6 +2,7 @@
 
 import gc
 import resource
+import time
 from pathlib import Path
 
 import jax
@@ -84,19 +85,25 @@ def test_other_parameters_are_a_users_error(change, mesh, folder):
 def test_the_newest_training_state_comes_back(mesh, folder):
     spec = Optimizer(lr=0.1, lr_end=0.1, steps=9)
     like = {"params": tree(mesh), "state": make(spec).init(tree(mesh))}
-    manager = checkpoint.manager(folder / "checkpoints", keep=2)
-    assert checkpoint.restore(manager, like) is None
+    checkpoints = checkpoint.open_folder(folder / "checkpoints", keep=2)
+    assert checkpoint.restore(checkpoints, like) is None
     states = {}
+
+    def names():
+        return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
     for number in (3, 6, 9):
         params = tree(mesh, seed=number)
         _, state = make(spec).update(params, like["state"], params)
         states[number] = {"params": params, "state": state}
-        checkpoint.save(manager, number, states[number])
-    manager.close()
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["6", "9"]
-    again = checkpoint.manager(folder / "checkpoints", keep=2)
+        checkpoint.save(checkpoints, number, states[number])
+    checkpoint.close(checkpoints)
+    assert names() == ["3", "6", "9"]  # two, and the last
+    (folder / "checkpoints" / "12.orbax-checkpoint-tmp-1").mkdir()  # a kill left it
+    again = checkpoint.open_folder(folder / "checkpoints", keep=2)
     number, got = checkpoint.restore(again, like)
-    again.close()
+    checkpoint.close(again)
+    assert names() == ["6", "9"]
     assert number == 9
     assert jax.tree.structure(got) == jax.tree.structure(like)  # optax's tuples, not lists or dicts
     assert_same(got, states[9])
@@ -111,6 +118,12 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def asked(checkpoints, seconds):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        checkpoint.check(checkpoints)
+
+
 def test_a_disk_that_takes_no_more_is_one_line(folder, small_files, caplog):
     big = {"a": jax.random.normal(jax.random.key(0), (512, 512))}
     with pytest.raises(UserError) as raised:
@@ -120,9 +133,12 @@ def test_a_disk_that_takes_no_more_is_one_line(folder, small_files, caplog):
         " again to go on from here"
     )
     assert not (folder / "params").exists()
-    manager = checkpoint.manager(folder / "checkpoints", 2)
-    checkpoint.save(manager, 1, big)  # goes on beside the training
+    checkpoints = checkpoint.open_folder(folder / "checkpoints", 2)
+    checkpoint.save(checkpoints, 1, big)  # goes on beside the training, which asks
     with pytest.raises(UserError, match=r"checkpoints: cannot be written \(File too large"):
-        checkpoint.save(manager, 2, big)
-    checkpoint.close(manager)
+        asked(checkpoints, seconds=20)
+    checkpoint.save(checkpoints, 1, big)
+    with pytest.raises(UserError, match=r"checkpoints: cannot be written \(File too large"):
+        checkpoint.save(checkpoints, 2, big)
+    checkpoint.close(checkpoints)
     assert not caplog.records

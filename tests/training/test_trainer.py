@@ -85,11 +85,9 @@ def test_a_stopped_run_continues_to_the_same_bits(run, tmp_path, small, mesh, ra
     # What was saved is what the parameters were then, though the next update wrote into their buffers.
     params = random_params(small, mesh)
     like = {"params": params, "state": make(PLAN.optimizer).init(params)}
-    manager = checkpoint.manager(epath.Path(tmp_path) / "whole" / "checkpoints", 2)
     for number, copy in saved.items():
-        stored = manager.restore(number, args=checkpoint.ocp.args.StandardRestore(like))
+        stored = checkpoint.load_params(epath.Path(tmp_path) / "whole" / "checkpoints" / str(number), like)
         jax.tree.map(np.testing.assert_array_equal, stored["params"], copy)
-    manager.close()
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (saved[2], saved[4])), strict=True))
 
     # Stopped after a checkpoint; and killed between two. The parameters that a resumed run is given do not count.
@@ -155,7 +153,7 @@ def test_a_loss_that_is_not_finite_is_a_users_error(run, tmp_path, small, mesh, 
     with pytest.raises(UserError, match=r"update 0: loss nan.*lower the lr"):
         run("nan", params=params)
     assert rows_of(tmp_path, "nan") == []
-    assert not [path for path in (tmp_path / "nan" / "checkpoints").iterdir() if path.name.isdigit()]
+    assert not (tmp_path / "nan" / "checkpoints").exists()
     _, summary = run("nan")  # and the folder can be used again
     assert summary["updates"] == 5
     assert np.isfinite(summary["loss"])
