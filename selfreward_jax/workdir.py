@@ -184,6 +184,12 @@ def remove(path: epath.Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _any_done(root: epath.Path) -> bool:
+    """Whether any stage has a record, of whatever plan."""
+    kept = (stores.listing(root / model / "stages") or {} for model in stores.listing(root) or {})
+    return any(name.endswith(".json") and not name.endswith(".begun.json") for names in kept for name in names)
+
+
 def parts(directory: epath.Path, count: int) -> list[epath.Path]:
     """Names of the parts of a long output: `part-00003-of-00040.jsonl`."""
     return [directory / f"part-{index:05d}-of-{count:05d}.jsonl" for index in range(count)]
@@ -198,12 +204,14 @@ def check_config(root: epath.Path, resolved: Mapping[str, Any], free: set[str], 
         free: fields that may change, since they don't change what a stage makes.
         override: `--resume=override`: go on with the new values; finished stages stay.
 
+    A start that made no stage left nothing that another config could contradict: a mistake in it can be mended in place.
+
     Raises:
         UserError: a line for each field that changed.
     """
     path = root / "config.json"
     resolved = json.loads(json.dumps(resolved))  # as it will be read back: a tuple is a list there
-    if path.exists() and not override:
+    if path.exists() and not override and _any_done(root):
         before = read_json(path)
         lines = [
             f"--config.{name}={resolved.get(name)!r}: this run was begun with {before.get(name)!r}"

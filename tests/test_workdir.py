@@ -102,8 +102,19 @@ def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
     assert len(caught.value.args) == 1
 
 
+def test_a_start_that_made_nothing_does_not_bind_the_next(root: epath.Path) -> None:
+    workdir.check_config(root, {"model.source": "/nope"}, set(), override=False)
+    workdir.begin(root, "seed/split", {}, [], [])
+    workdir.check_config(root, {"model.source": "/there"}, set(), override=False)
+    assert workdir.read_json(root / "config.json") == {"model.source": "/there"}
+    workdir.finish(root, "seed/split", [], [], 1.0, {})
+    with pytest.raises(UserError, match="this run was begun with '/there'"):
+        workdir.check_config(root, {"model.source": "/other"}, set(), override=False)
+
+
 def test_a_changed_config_names_the_fields(root: epath.Path) -> None:
     workdir.check_config(root, {"seed": 0, "dpo.beta": 0.1, "target": "m2"}, {"target"}, override=False)
+    workdir.finish(root, "seed/split", [], [], 1.0, {})
     workdir.check_config(root, {"seed": 0, "dpo.beta": 0.1, "target": "m3"}, {"target"}, override=False)
     with pytest.raises(UserError) as caught:
         workdir.check_config(root, {"seed": 1, "dpo.beta": 0.2, "target": "m3"}, {"target"}, override=False)
