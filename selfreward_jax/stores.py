@@ -46,6 +46,19 @@ def is_remote(path: epath.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def place(name: str, option: str) -> epath.Path:
+    """The path that an option names, on a local disk or a store.
+
+    Raises:
+        UserError: if it is of a kind of store that is not known (https://, file://).
+    """
+    scheme, url, _ = name.partition("://")
+    if url and scheme not in _PACKAGES:
+        known = ", ".join(f"{scheme}://" for scheme in _PACKAGES)
+        raise UserError(f"{option}={name}: {scheme}:// is no store that can be used; give a local path or {known}")
+    return epath.Path(name if url else os.path.expanduser(name))
+
+
 def _files(path: epath.Path) -> Any:
     """The file system that epath uses for this path: two would not see each other's changes in their listings."""
     return fsspec_backend.fs(os.fspath(path))
