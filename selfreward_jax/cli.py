@@ -14,7 +14,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from selfreward_jax import processes
+from selfreward_jax import processes, stores
 from selfreward_jax.config import from_config_dict
 from selfreward_jax.errors import UserError
 
@@ -60,8 +60,13 @@ def add_place(parser: argparse.ArgumentParser) -> None:
 
 
 def folder(workdir: str) -> epath.Path:
-    """The workdir that an option names; a local one is absolute, as checkpoints need it."""
-    return epath.Path(workdir if "://" in workdir else os.path.abspath(os.path.expanduser(workdir)))
+    """The workdir that an option names; a local one is absolute, as checkpoints need it.
+
+    Raises:
+        UserError: if it is on no store that is known.
+    """
+    path = stores.place(workdir, "--workdir")
+    return path if stores.is_remote(path) else epath.Path(os.path.abspath(path))
 
 
 def parse_config(config_file: str, overrides: Sequence[str]) -> ConfigDict:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from selfreward_jax import estimate, loaded, lock, processes, recipe, workdir
+from selfreward_jax import estimate, loaded, lock, processes, recipe, stores, workdir
 from selfreward_jax.config import OWN_JUDGES, Config, flat, free_fields
 from selfreward_jax.data.chat import load_chat
 from selfreward_jax.data.seeds import evaluation_texts, judge_rows, prompt_texts
@@ -44,6 +44,12 @@ def open_run(config: Config, root: epath.Path) -> Run:
     run = Run(config, root, form, mesh, grouped, source, chat)
     loaded.describe(run)
     return run
+
+
+def _check_store(root: epath.Path) -> None:
+    """Asks a store for the run's folder once: no credentials, no client, no network is said now, in one line."""
+    if stores.is_remote(root):
+        stores.listing(root)
 
 
 def check_inputs(config: Config, root: epath.Path) -> None:
@@ -100,6 +106,7 @@ def start(config: Config, root: epath.Path, arguments: argparse.Namespace) -> No
     """Runs (or, for --dry_run, describes) the recipe of a config in a folder."""
     plan = recipe.stages(config)
     recipe.check_stop(plan, arguments.stop_after)
+    processes.together(lambda: _check_store(root))
     processes.each(lambda: check_inputs(config, root))
     if config.model.parameters and not arguments.dry_run:
         estimate.check_host(config, root, config.model.parameters)

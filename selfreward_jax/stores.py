@@ -46,17 +46,24 @@ def is_remote(path: epath.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def refusal(name: str) -> str:
+    """Why nothing can be opened under this name, or "": its scheme (https://, file://) is of no store that is known."""
+    scheme, url, _ = name.partition("://")
+    if not url or scheme in _PACKAGES:
+        return ""
+    known = ", ".join(f"{scheme}://" for scheme in _PACKAGES)
+    return f"{scheme}:// is no store that can be used; give a local path or {known}"
+
+
 def place(name: str, option: str) -> epath.Path:
     """The path that an option names, on a local disk or a store.
 
     Raises:
-        UserError: if it is of a kind of store that is not known (https://, file://).
+        UserError: if it is of a kind of store that is not known.
     """
-    scheme, url, _ = name.partition("://")
-    if url and scheme not in _PACKAGES:
-        known = ", ".join(f"{scheme}://" for scheme in _PACKAGES)
-        raise UserError(f"{option}={name}: {scheme}:// is no store that can be used; give a local path or {known}")
-    return epath.Path(name if url else os.path.expanduser(name))
+    if reason := refusal(name):
+        raise UserError(f"{option}={name}: {reason}")
+    return epath.Path(name if is_remote(name) else os.path.expanduser(name))
 
 
 def _files(path: epath.Path) -> Any:
