@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
 from selfreward_jax import estimate, loaded, lock, processes, recipe, stores, workdir
 from selfreward_jax.config import OWN_JUDGES, Config, flat, free_fields
@@ -21,9 +22,10 @@ from selfreward_jax.judging import templates
 from selfreward_jax.judging.endpoint import open_endpoint
 from selfreward_jax.observe.progress import say
 from selfreward_jax.run import Run
+from selfreward_jax.sharding.mesh import make_mesh
 from selfreward_jax.stages.seed import check_files
 from selfreward_jax.weights.fetch import cache_folder
-from selfreward_jax.weights.source import open_source
+from selfreward_jax.weights.source import Source, open_source
 
 
 def use_compilation_cache(folder: str) -> None:
@@ -37,13 +39,26 @@ def open_run(config: Config, root: epath.Path) -> Run:
     """Opens tokenizer and model description; weights are read when a stage asks for them."""
     source = open_source(config.model.source, config.model.tokenizer or None)
     estimate.check_host(config, root, source.config.parameter_count())
-    mesh = loaded.training_mesh(config, source.config)
-    grouped = loaded.generation_mesh(config.generation_mesh, source, config.model.compute_dtype, mesh)
+    mesh, grouped = _meshes(config, source)
     chat = load_chat(source.tokenizer, config.model.chat_template, source.eos_ids)
     form = loaded.attention_form(config.model.attention, source.config, config.model.compute_dtype)
     run = Run(config, root, form, mesh, grouped, source, chat)
     loaded.describe(run)
     return run
+
+
+def _meshes(config: Config, source: Source) -> tuple[Mesh, Mesh]:
+    """The training and the generation mesh; where the first is wrong the second is looked at all the same."""
+    try:
+        mesh = loaded.training_mesh(config, source.config)
+    except UserError as error:
+        devices = make_mesh(-1, 1, 1)
+        try:
+            loaded.generation_mesh(config.generation_mesh, source, config.model.compute_dtype, devices)
+        except UserError as also:
+            raise UserError(*error.args, *also.args) from error
+        raise
+    return mesh, loaded.generation_mesh(config.generation_mesh, source, config.model.compute_dtype, mesh)
 
 
 def _check_store(root: epath.Path) -> None:
