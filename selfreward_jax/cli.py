@@ -63,10 +63,16 @@ def folder(workdir: str) -> epath.Path:
     """The workdir that an option names; a local one is absolute, as checkpoints need it.
 
     Raises:
-        UserError: if it is on no store that is known.
+        UserError: if it is on no store that is known, or a file is in the way.
     """
     path = stores.place(workdir, "--workdir")
-    return path if stores.is_remote(path) else epath.Path(os.path.abspath(path))
+    if stores.is_remote(path):
+        return path
+    path = epath.Path(os.path.abspath(path))
+    there = next(one for one in (path, *path.parents) if os.path.lexists(one))
+    if not os.path.isdir(there):
+        raise UserError(f"--workdir={workdir}: {there} is a file, a folder is needed; take another name")
+    return path
 
 
 def parse_config(config_file: str, overrides: Sequence[str]) -> ConfigDict:

@@ -328,9 +328,9 @@ def test_main_refuses_an_unknown_argument(tmp_path):
 
 def test_main_refuses_a_workdir_that_is_a_file(tmp_path):
     (tmp_path / "run").write_text("mine")
-    done = main(f"--config={TINY}", f"--workdir={tmp_path / 'run'}")
-    assert done.returncode == 2
-    assert done.stderr == (
-        f"error: {tmp_path / 'run'}: File exists; make room or mend it, then start again to go on from here\n"
-    )
+    for named in ("run", "run/below/it"):
+        done = main(f"--config={TINY}", f"--workdir={tmp_path / named}")
+        assert done.returncode == 2
+        says = f"{tmp_path / 'run'} is a file, a folder is needed; take another name"
+        assert done.stderr == f"error: --workdir={tmp_path / named}: {says}\n"
     assert (tmp_path / "run").read_text() == "mine"
