@@ -68,6 +68,23 @@ def read_json(path: epath.Path) -> Any:
         raise UserError(f"{path}: not JSON on line {error.lineno}; delete it to have its stage done again") from error
 
 
+def _object(path: epath.Path, **parts: type | tuple[type, ...]) -> dict[str, Any]:
+    """An object that the program wrote, with the parts that are asked for.
+
+    Raises:
+        UserError: if it is another kind of JSON: someone changed it.
+    """
+    found = read_json(path)
+    if isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in parts.items()):
+        return found
+    needed = f"an object with {', '.join(parts)}" if parts else "an object"
+    raise UserError(f"{path}: not what was written there ({needed}); delete it to have its stage done again")
+
+
+def _record(path: epath.Path) -> dict[str, Any]:
+    return _object(path, inputs=dict, outputs=dict, facts=dict, seconds=(int, float))
+
+
 def digest(value: Any) -> str:
     """sha256 of a JSON value, keys sorted."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
@@ -104,7 +121,7 @@ def is_done(root: epath.Path, stage: str) -> bool:
     path = record_path(root, stage)
     if not path.exists():
         return False
-    record = read_json(path)
+    record = _record(path)
     for name, identity in (record["inputs"] | record["outputs"]).items():
         if not (root / name).exists() or manifest(root / name) != identity:
             return False
@@ -129,7 +146,7 @@ def begin(
     mark = record_path(root, stage).with_suffix(".begun.json")
     identity = digest([dict(settings), _entry(root, inputs)])
     record_path(root, stage).unlink(missing_ok=True)
-    if mark.exists() and read_json(mark)["identity"] == identity:
+    if mark.exists() and _object(mark, identity=str)["identity"] == identity:
         return
     for path in partial:
         remove(path)
@@ -165,7 +182,7 @@ def facts(root: epath.Path, stage: str) -> dict[str, Any]:
     path = record_path(root, stage)
     if not path.exists():
         return {}
-    record = read_json(path)
+    record = _record(path)
     return record["facts"] | {"seconds": record["seconds"]}
 
 
@@ -182,6 +199,16 @@ def remove(path: epath.Path) -> None:
         path.rmtree()
     else:
         path.unlink(missing_ok=True)
+
+
+def _config_before(path: epath.Path) -> dict[str, Any]:
+    """The config that a run was begun with."""
+    try:
+        return _object(path)
+    except UserError as error:
+        (line,) = error.args
+        advice = "put it back, or add --resume=override to go on with the config of this command"
+        raise UserError(f"{line.split(';')[0]}; {advice}") from error
 
 
 def _any_done(root: epath.Path) -> bool:
@@ -212,7 +239,7 @@ def check_config(root: epath.Path, resolved: Mapping[str, Any], free: set[str], 
     path = root / "config.json"
     resolved = json.loads(json.dumps(resolved))  # as it will be read back: a tuple is a list there
     if path.exists() and not override and _any_done(root):
-        before = read_json(path)
+        before = _config_before(path)
         lines = [
             f"--config.{name}={resolved.get(name)!r}: this run was begun with {before.get(name)!r}"
             for name in sorted(set(before) | set(resolved))
