@@ -16,7 +16,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from selfreward_jax import processes, stopping
+from selfreward_jax import processes, signals, stores
 from selfreward_jax.config import from_config_dict
 from selfreward_jax.errors import UserError
 
@@ -27,13 +27,13 @@ def exit_code(command: Callable[[], Any]) -> int:
     A user's mistake is printed line by line, without a traceback, and gives 2; Ctrl-C gives 130 and SIGTERM 143. An error
     that one process of several has alone ends it here: the others, which wait for it, hear no more signs of life and end.
     """
-    with stopping.signals() as asked:
+    with signals.signals() as asked:
         try:
             command()
             return 0
         except (Exception, KeyboardInterrupt) as error:
             if asked.number or isinstance(error, KeyboardInterrupt):  # then other errors are of others that ended
-                code, lines = 128 + (asked.number or signal.SIGINT), ["", stopping.LINE + processes.of_job()]
+                code, lines = 128 + (asked.number or signal.SIGINT), ["", signals.LINE + processes.of_job()]
             elif isinstance(error, UserError):
                 code, lines = 2, _lines(error)
             elif processes.count() == 1:
@@ -82,8 +82,19 @@ def add_place(parser: argparse.ArgumentParser) -> None:
 
 
 def folder(workdir: str) -> epath.Path:
-    """The workdir that an option names; a local one is absolute, as checkpoints need it."""
-    return epath.Path(workdir if "://" in workdir else os.path.abspath(os.path.expanduser(workdir)))
+    """The workdir that an option names; a local one is absolute, as checkpoints need it.
+
+    Raises:
+        UserError: if it is on no store that is known, or a file is in the way.
+    """
+    path = stores.place(workdir, "--workdir")
+    if stores.is_remote(path):
+        return path
+    path = epath.Path(os.path.abspath(path))
+    there = next(one for one in (path, *path.parents) if os.path.lexists(one))
+    if not os.path.isdir(there):
+        raise UserError(f"--workdir={workdir}: {there} is a file, a folder is needed; take another name")
+    return path
 
 
 def parse_config(config_file: str, overrides: Sequence[str]) -> ConfigDict:

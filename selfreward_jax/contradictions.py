@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from typing import Any
+
+from selfreward_jax import stores
+
+# Fields whose values may be paths; `judge.model` may be an URL too.
+_PATHS = (
+    "model.source", "model.tokenizer", "model.chat_template", "data.oasst", "data.ift", "data.preferences",
+    "data.validation", "eft.file", "prompts.source", "prompts.model", "prompts.avoid", "judge.template", "engine.cache",
+)  # fmt: skip
 
 
 def fewest_examples(c: Any) -> tuple[int, str]:
@@ -23,6 +32,10 @@ def find(c: Any) -> list[str]:
             found.append(f"--config.{line}")
 
     need(bool(re.fullmatch(r"sft|m[1-9][0-9]*", c.target)), f"target={c.target}: sft, m1, m2, ...")
+    for name in _PATHS:
+        value = operator.attrgetter(name)(c)
+        for path in value if isinstance(value, tuple) else (value,):
+            need(not stores.refusal(path), f"{name}={path}: {stores.refusal(path)}")
     need(0 <= c.seed < 2**32, f"seed={c.seed}: from 0 to 2**32 - 1")
     for name, value in (
         ("param_dtype", c.model.param_dtype),

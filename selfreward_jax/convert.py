@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jax
 
+from selfreward_jax import stores
 from selfreward_jax.cli import exit_code
 from selfreward_jax.sharding.mesh import make_mesh
 from selfreward_jax.weights.export import export
@@ -27,6 +28,8 @@ def convert(source: str, out: str, dtype: str, tokenizer: str | None = None) -> 
         a line that says what was written.
     """
     start = time.monotonic()
+    if stores.is_remote(stores.place(out, "--out")):
+        stores.listing(stores.place(out, "--out"))  # no credentials, no client: said now, not when all is loaded
     opened = open_source(source, tokenizer)
     kind = stored_dtype(opened) if dtype == "keep" else dtype
     mesh = make_mesh(-1, 1, 1)

@@ -9,7 +9,10 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import tempfile
 from typing import Any
+
+from etils import epath
 
 from selfreward_jax.errors import UserError
 
@@ -56,24 +59,62 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(*problems)
 
 
+def _check_out(name: str) -> epath.Path:
+    """The file of answers; one that cannot be written is refused now, not when the answers are there."""
+    from selfreward_jax import stores
+
+    out = stores.place(name, "--out")
+    remote = stores.is_remote(out)
+    if out.is_dir() if not remote else "/" not in name.split("://")[1].strip("/"):
+        raise UserError(f"--out={name}: a folder; name a file in it, such as {out / 'answers.jsonl'}")
+    probe = out.parent / f".{out.name}.probe"
+    if remote:
+        stores.listing(out.parent)  # says so when a store takes long to answer
+    try:
+        if not remote:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        with stores.writing(probe) as write:
+            write(b"\n")
+        stores.remove(probe)
+    except OSError as error:
+        raise UserError(f"--out={name}: {error.strerror or error}; give a file in a folder you can write") from error
+    return out
+
+
+def _save(out: epath.Path, text: str) -> None:
+    """Writes the answers; where `--out` no longer takes them (a full disk) they go to the system's temporary folder."""
+    from selfreward_jax.workdir import write_text
+
+    try:
+        write_text(out, text)
+    except UserError as error:
+        reason = error.args[0].split(";")[0]
+        try:
+            with tempfile.NamedTemporaryFile("wb", prefix="answers-", suffix=".jsonl", delete=False) as file:
+                file.write(text.encode())
+        except OSError as also:
+            said = f"{tempfile.gettempdir()} cannot take the answers either ({also.strerror or also})"
+            raise UserError(f"{reason}; {said}: they are lost") from error
+        raise UserError(f"{reason}; the answers are in {file.name}") from error
+
+
 def _run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     from selfreward_jax.data.seeds import prompt_texts
+
+    out = _check_out(arguments.out) if arguments.out else None
+    prompts = [("prompt", arguments.prompt)] if arguments.prompt else prompt_texts(arguments.prompts, "")
     from selfreward_jax.interactive import answer  # jax starts here: not before the arguments are right
 
-    prompts = [("prompt", arguments.prompt)] if arguments.prompt else prompt_texts(arguments.prompts, "")
     rows: list[dict[str, Any]] = []
     for row in answer(arguments, prompts):
         rows.append(row)
         if arguments.prompt:
             print(row["text"])
-    if arguments.out:
-        from etils import epath
-
+    if out is not None:
         from selfreward_jax.data.records import json_line
-        from selfreward_jax.workdir import write_text
 
-        write_text(epath.Path(arguments.out), "".join(json_line(row) + "\n" for row in rows))
+        _save(out, "".join(json_line(row) + "\n" for row in rows))
 
 
 def main() -> int:

@@ -12,8 +12,7 @@ import io
 import os
 import sys
 
-from etils import epath
-
+from selfreward_jax import stores
 from selfreward_jax.errors import UserError
 from selfreward_jax.observe import artifacts, views
 from selfreward_jax.observe.figures import show
@@ -36,7 +35,10 @@ def _arguments() -> argparse.Namespace:
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.examples < 0:
         raise UserError(f"--examples={arguments.examples}: not below 0")
-    look = artifacts.open_look(epath.Path(os.path.expanduser(arguments.workdir)))
+    root = stores.place(arguments.workdir, "workdir")
+    if stores.is_remote(root):
+        stores.listing(root)  # no credentials, no client: said now, in one line
+    look = artifacts.open_look(root)
     one = artifacts.choose(look, arguments.artifact) if arguments.artifact else None
     if arguments.id:
         lines = views.of_prompt(look, arguments.id, one.name if one else "")

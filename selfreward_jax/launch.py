@@ -11,19 +11,21 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
-from selfreward_jax import estimate, loaded, lock, processes, recipe, workdir
+from selfreward_jax import estimate, loaded, lock, processes, recipe, stores, workdir
 from selfreward_jax.config import OWN_JUDGES, Config, flat, free_fields
-from selfreward_jax.data.chat import load_chat
+from selfreward_jax.data.chat import Chat, load_chat
 from selfreward_jax.data.seeds import evaluation_texts, judge_rows, prompt_texts
 from selfreward_jax.errors import UserError
 from selfreward_jax.judging import templates
 from selfreward_jax.judging.endpoint import open_endpoint
 from selfreward_jax.observe.progress import say
 from selfreward_jax.run import Run
+from selfreward_jax.sharding.mesh import make_mesh
 from selfreward_jax.stages.seed import check_files
 from selfreward_jax.weights.fetch import cache_folder
-from selfreward_jax.weights.source import open_source
+from selfreward_jax.weights.source import Source, open_source
 
 
 def use_compilation_cache(folder: str) -> None:
@@ -34,16 +36,39 @@ def use_compilation_cache(folder: str) -> None:
 
 
 def open_run(config: Config, root: epath.Path) -> Run:
-    """Opens tokenizer and model description; weights are read when a stage asks for them."""
-    source = open_source(config.model.source, config.model.tokenizer or None)
-    estimate.check_host(config, root, source.config.parameter_count())
-    mesh = loaded.training_mesh(config, source.config)
-    grouped = loaded.generation_mesh(config.generation_mesh, source, config.model.compute_dtype, mesh)
-    chat = load_chat(source.tokenizer, config.model.chat_template, source.eos_ids)
+    """Opens tokenizer and model description; weights are read when a stage asks for them. All processes must call this."""
+    source, chat = processes.each(lambda: _described(config, root))
+    mesh, grouped = processes.each(lambda: _meshes(config, source))
     form = loaded.attention_form(config.model.attention, source.config, config.model.compute_dtype)
     run = Run(config, root, form, mesh, grouped, source, chat)
     loaded.describe(run)
     return run
+
+
+def _described(config: Config, root: epath.Path) -> tuple[Source, Chat]:
+    source = open_source(config.model.source, config.model.tokenizer or None)
+    estimate.check_host(config, root, source.config.parameter_count())
+    return source, load_chat(source.tokenizer, config.model.chat_template, source.eos_ids)
+
+
+def _meshes(config: Config, source: Source) -> tuple[Mesh, Mesh]:
+    """The training and the generation mesh; where the first is wrong the second is looked at all the same."""
+    try:
+        mesh = loaded.training_mesh(config, source.config)
+    except UserError as error:
+        devices = make_mesh(-1, 1, 1)
+        try:
+            loaded.generation_mesh(config.generation_mesh, source, config.model.compute_dtype, devices)
+        except UserError as also:
+            raise UserError(*error.args, *also.args) from error
+        raise
+    return mesh, loaded.generation_mesh(config.generation_mesh, source, config.model.compute_dtype, mesh)
+
+
+def _check_store(root: epath.Path) -> None:
+    """Asks a store for the run's folder once: no credentials, no client, no network is said now, in one line."""
+    if stores.is_remote(root):
+        stores.listing(root)
 
 
 def check_inputs(config: Config, root: epath.Path) -> None:
@@ -100,6 +125,7 @@ def start(config: Config, root: epath.Path, arguments: argparse.Namespace) -> No
     """Runs (or, for --dry_run, describes) the recipe of a config in a folder."""
     plan = recipe.stages(config)
     recipe.check_stop(plan, arguments.stop_after)
+    processes.together(lambda: _check_store(root))
     processes.each(lambda: check_inputs(config, root))
     if config.model.parameters and not arguments.dry_run:
         processes.each(lambda: estimate.check_host(config, root, config.model.parameters))
@@ -133,7 +159,7 @@ def _working(config: Config, root: epath.Path, resume: str) -> Iterator[Callable
         with contextlib.ExitStack() as while_open:
 
             def open_here() -> Run:
-                run = processes.each(lambda: open_run(config, root))
+                run = open_run(config, root)
                 while_open.enter_context(jax.set_mesh(run.mesh))
                 return run
 

@@ -18,7 +18,7 @@ from etils import epath
 
 from selfreward_jax import processes, stores
 from selfreward_jax.errors import UserError
-from selfreward_jax.workdir import disk_error, write_text
+from selfreward_jax.workdir import write_text
 
 BEAT = 60.0  # seconds between two signs of life
 STALE = 600.0  # without one for this long, a run on an object store is taken to be dead
@@ -47,7 +47,9 @@ def _hold(root: epath.Path, held: contextlib.ExitStack) -> None:
         root.mkdir(parents=True, exist_ok=True)
         _flock(root, held.enter_context(open(os.fspath(root / ".lock"), "a+")))  # noqa: SIM115
     except OSError as error:
-        raise disk_error(root, error) from error
+        raise UserError(
+            f"--workdir={root}: {error.strerror or error}; take a folder that can be written, or make room"
+        ) from error
 
 
 def _flock(root: epath.Path, file: IO[str]) -> None:

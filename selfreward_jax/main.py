@@ -34,12 +34,13 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
         print("\n".join(configs.describe()))
         return
     config = configs.from_config_dict(cli.parse_config(arguments.config, overrides))
+    name = os.path.basename(arguments.config).replace(".py", "").replace(":", "-")
+    root = cli.folder(arguments.workdir or f"runs/{name}")
     from selfreward_jax import launch  # jax starts here: not before the config is right
 
-    name = os.path.basename(arguments.config).replace(".py", "").replace(":", "-")
     if not arguments.dry_run:
         launch.join(config, arguments)
-    launch.start(config, cli.folder(arguments.workdir or f"runs/{name}"), arguments)
+    launch.start(config, root, arguments)
 
 
 def main() -> int:

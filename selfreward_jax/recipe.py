@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -258,9 +259,10 @@ def build_loop(config: Config, root: epath.Path, open_run: Callable[[], Run], st
     try:
         build(plan, config, root, open_run, stop_after)
     except UserError:
-        finished = [model for model in models(config.target) if workdir.facts(root, f"{model}/check")]
-        if finished:
-            report.write(root, finished, [stage.name for stage in plan])
+        with contextlib.suppress(UserError):  # a full disk fails the report too; the error that matters is the first
+            finished = [model for model in models(config.target) if workdir.facts(root, f"{model}/check")]
+            if finished:
+                report.write(root, finished, [stage.name for stage in plan])
         raise
     if not stop_after:
         report.write(root, models(config.target), [stage.name for stage in plan])

@@ -46,6 +46,26 @@ def is_remote(path: epath.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def refusal(name: str) -> str:
+    """Why nothing can be opened under this name, or "": its scheme (https://, file://) is of no store that is known."""
+    scheme, url, _ = name.partition("://")
+    if not url or scheme in _PACKAGES:
+        return ""
+    known = ", ".join(f"{scheme}://" for scheme in _PACKAGES)
+    return f"{scheme}:// is no store that can be used; give a local path or {known}"
+
+
+def place(name: str, option: str) -> epath.Path:
+    """The path that an option names, on a local disk or a store.
+
+    Raises:
+        UserError: if it is of a kind of store that is not known.
+    """
+    if reason := refusal(name):
+        raise UserError(f"{option}={name}: {reason}")
+    return epath.Path(name if is_remote(name) else os.path.expanduser(name))
+
+
 def _files(path: epath.Path) -> Any:
     """The file system that epath uses for this path: two would not see each other's changes in their listings."""
     return fsspec_backend.fs(os.fspath(path))

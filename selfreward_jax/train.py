@@ -51,9 +51,9 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if not any(word.startswith("--config.model.parameters=") for word in overrides):
         raw.model.parameters = 0  # the preset's model has another size: the source tells
     checked = config.from_config_dict(raw)
+    root = cli.folder(arguments.workdir)
     from selfreward_jax import launch  # jax starts here: not before the config is right
 
-    root = cli.folder(arguments.workdir)
     launch.join(checked, arguments)
     launch.train(checked, arguments.loss, root, arguments.resume)
     say(f"{root / 'trained' / 'model'}")

@@ -68,6 +68,23 @@ def read_json(path: epath.Path) -> Any:
         raise UserError(f"{path}: not JSON on line {error.lineno}; delete it to have its stage done again") from error
 
 
+def _object(path: epath.Path, **parts: type | tuple[type, ...]) -> dict[str, Any]:
+    """An object that the program wrote, with the parts that are asked for.
+
+    Raises:
+        UserError: if it is another kind of JSON: someone changed it.
+    """
+    found = read_json(path)
+    if isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in parts.items()):
+        return found
+    needed = f"an object with {', '.join(parts)}" if parts else "an object"
+    raise UserError(f"{path}: not what was written there ({needed}); delete it to have its stage done again")
+
+
+def _record(path: epath.Path) -> dict[str, Any]:
+    return _object(path, inputs=dict, outputs=dict, facts=dict, seconds=(int, float))
+
+
 def digest(value: Any) -> str:
     """sha256 of a JSON value, keys sorted."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
@@ -105,7 +122,7 @@ def is_done(root: epath.Path, stage: str) -> bool:
     path = record_path(root, stage)
     if not stores.exists(path):
         return False
-    record = read_json(path)
+    record = _record(path)
     for name, identity in (record["inputs"] | record["outputs"]).items():
         if not stores.exists(root / name) or manifest(root / name) != identity:
             return False
@@ -130,7 +147,7 @@ def begin(
     mark = record_path(root, stage).with_suffix(".begun.json")
     identity = digest([dict(settings), _entry(root, inputs)])
     stores.remove(record_path(root, stage))
-    if stores.exists(mark) and read_json(mark)["identity"] == identity:
+    if stores.exists(mark) and _object(mark, identity=str)["identity"] == identity:
         return
     for path in partial:
         remove(path)
@@ -166,7 +183,7 @@ def facts(root: epath.Path, stage: str) -> dict[str, Any]:
     path = record_path(root, stage)
     if not stores.exists(path):
         return {}
-    record = read_json(path)
+    record = _record(path)
     return record["facts"] | {"seconds": record["seconds"]}
 
 
@@ -186,6 +203,22 @@ def remove(path: epath.Path) -> None:
     stores.remove(path)
 
 
+def _config_before(path: epath.Path) -> dict[str, Any]:
+    """The config that a run was begun with."""
+    try:
+        return _object(path)
+    except UserError as error:
+        (line,) = error.args
+        advice = "put it back, or add --resume=override to go on with the config of this command"
+        raise UserError(f"{line.split(';')[0]}; {advice}") from error
+
+
+def _any_done(root: epath.Path) -> bool:
+    """Whether any stage has a record, of whatever plan."""
+    kept = (stores.listing(root / model / "stages") or {} for model in stores.listing(root) or {})
+    return any(name.endswith(".json") and not name.endswith(".begun.json") for names in kept for name in names)
+
+
 def parts(directory: epath.Path, count: int) -> list[epath.Path]:
     """Names of the parts of a long output: `part-00003-of-00040.jsonl`."""
     return [directory / f"part-{index:05d}-of-{count:05d}.jsonl" for index in range(count)]
@@ -200,13 +233,15 @@ def check_config(root: epath.Path, resolved: Mapping[str, Any], free: set[str], 
         free: fields that may change, since they don't change what a stage makes.
         override: `--resume=override`: go on with the new values; finished stages stay.
 
+    A start that made no stage left nothing that another config could contradict: a mistake in it can be mended in place.
+
     Raises:
         UserError: a line for each field that changed.
     """
     path = root / "config.json"
     resolved = json.loads(json.dumps(resolved))  # as it will be read back: a tuple is a list there
-    if stores.exists(path) and not override:
-        before = read_json(path)
+    if stores.exists(path) and not override and _any_done(root):
+        before = _config_before(path)
         lines = [
             f"--config.{name}={resolved.get(name)!r}: this run was begun with {before.get(name)!r}"
             for name in sorted(set(before) | set(resolved))

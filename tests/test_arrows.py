@@ -14,7 +14,7 @@ PACKAGE = Path(selfreward_jax.__file__).parent
 # A module imports its own layer and those before it. A package or module that is in no layer fails the test.
 LAYERS = (
     (
-        "errors", "contradictions", "config", "presets", "cli", "cluster", "rendezvous", "processes", "stopping", "stores", "workdir", "lock",
+        "errors", "contradictions", "config", "presets", "cli", "cluster", "rendezvous", "processes", "signals", "stores", "workdir", "lock",
         "observe", "data", "judging", "self_instruct",
     ),
     ("sharding",),

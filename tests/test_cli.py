@@ -249,6 +249,35 @@ def test_a_stage_that_does_not_exist_lists_those_that_do(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("_nothing_starts")
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_store_that_refuses_is_one_line_before_anything_else(bucket, monkeypatch, dry_run):
+    def refuse(what, path):
+        raise OSError("no bucket or no permission")
+
+    bucket.fault = refuse
+    monkeypatch.setattr(launch, "check_inputs", lambda *_: pytest.fail("the store is asked first"))
+    with pytest.raises(
+        UserError, match=r"gs://nobucket/x: cannot be listed \(no bucket or no permission\); check the name"
+    ):
+        launch.start(presets.tiny(), epath.Path("gs://nobucket/x"), arguments(dry_run=dry_run))
+
+
+KNOWN = "give a local path or gs://, s3://, az://, hf://"
+
+
+def test_places_on_no_known_store_are_lines():
+    with pytest.raises(UserError) as caught:
+        cli.folder("foo://x")
+    assert caught.value.args == (f"--workdir=foo://x: foo:// is no store that can be used; {KNOWN}",)
+    with pytest.raises(UserError) as caught:
+        parsed("--config.data.ift=https://a/b.jsonl", "--config.prompts.avoid=('file:///x', 'there.jsonl')")
+    assert caught.value.args == (
+        f"--config.data.ift=https://a/b.jsonl: https:// is no store that can be used; {KNOWN}",
+        f"--config.prompts.avoid=file:///x: file:// is no store that can be used; {KNOWN}",
+    )
+
+
 # The command itself: a process each.
 
 
@@ -299,9 +328,9 @@ def test_main_refuses_an_unknown_argument(tmp_path):
 
 def test_main_refuses_a_workdir_that_is_a_file(tmp_path):
     (tmp_path / "run").write_text("mine")
-    done = main(f"--config={TINY}", f"--workdir={tmp_path / 'run'}")
-    assert done.returncode == 2
-    assert done.stderr == (
-        f"error: {tmp_path / 'run'}: File exists; make room or mend it, then start again to go on from here\n"
-    )
+    for named in ("run", "run/below/it"):
+        done = main(f"--config={TINY}", f"--workdir={tmp_path / named}")
+        assert done.returncode == 2
+        says = f"{tmp_path / 'run'} is a file, a folder is needed; take another name"
+        assert done.stderr == f"error: --workdir={tmp_path / named}: {says}\n"
     assert (tmp_path / "run").read_text() == "mine"

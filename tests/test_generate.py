@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from selfreward_jax import generate, interactive
+from selfreward_jax import generate, interactive, workdir
 from selfreward_jax.data.chat import load_chat
 from selfreward_jax.errors import UserError
 from selfreward_jax.weights.source import open_source
@@ -109,7 +110,7 @@ def test_a_model_that_is_not_there_is_a_line_and_exit_code_2(monkeypatch, capsys
     assert capsys.readouterr().err == "error: --config.model.source: no gguf file at nowhere.gguf\n"
 
 
-def test_an_answer_to_one_prompt_is_printed_and_a_full_disk_is_a_line(monkeypatch, tmp_path, capsys):
+def test_an_answer_to_one_prompt_is_printed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
         interactive, "answer", lambda arguments, prompts: iter([{"id": "prompt", "text": "Blue.\nSo."}])
     )
@@ -117,10 +118,57 @@ def test_an_answer_to_one_prompt_is_printed_and_a_full_disk_is_a_line(monkeypatc
     assert capsys.readouterr().out == "Blue.\nSo.\n"
     assert command(monkeypatch, "--model=random:tiny", "--prompt=Why?", f"--out={tmp_path / 'o.jsonl'}") == 0
     assert json.loads((tmp_path / "o.jsonl").read_text()) == {"id": "prompt", "text": "Blue.\nSo."}
+
+
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        ("{tmp}", "a folder; name a file in it, such as {tmp}/answers.jsonl"),
+        ("{tmp}/file/o.jsonl", "File exists; give a file in a folder you can write"),
+        ("foo://b/o.jsonl", "foo:// is no store that can be used; give a local path or gs://, s3://, az://, hf://"),
+        ("gs://bucket", "a folder; name a file in it, such as gs://bucket/answers.jsonl"),
+    ],
+)
+def test_a_wrong_out_is_refused_before_anything_is_generated(monkeypatch, tmp_path, capsys, out, says):
+    monkeypatch.setattr(interactive, "answer", lambda *_: pytest.fail("the answers could not be kept"))
     (tmp_path / "file").write_text("")
-    capsys.readouterr()
-    assert command(monkeypatch, "--model=random:tiny", "--prompt=Why?", f"--out={tmp_path / 'file' / 'o.jsonl'}") == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'file' / 'o.jsonl'}: ")
+    out = out.format(tmp=tmp_path)
+    assert command(monkeypatch, "--model=random:tiny", "--prompt=Why?", f"--out={out}") == 2
+    assert capsys.readouterr().err == f"error: --out={out}: {says.format(tmp=tmp_path)}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_store_that_takes_nothing_is_refused_first_and_one_that_does_has_the_answers(monkeypatch, capsys, bucket):
+    monkeypatch.setattr(interactive, "answer", lambda *_: pytest.fail("the answers could not be kept"))
+
+    def refuse(what, path):
+        if what == "upload":
+            raise OSError("no permission")
+
+    bucket.fault = refuse
+    assert command(monkeypatch, "--model=random:tiny", "--prompt=Why?", "--out=gs://bucket/a/o.jsonl") == 2
+    assert "cannot be written (no permission); check the name" in capsys.readouterr().err
+    bucket.fault = lambda *_: None
+    monkeypatch.setattr(interactive, "answer", lambda *_: iter([{"id": "prompt", "text": "Blue."}]))
+    assert command(monkeypatch, "--model=random:tiny", "--prompt=Why?", "--out=gs://bucket/a/o.jsonl") == 0
+    assert {name: json.loads(data) for name, data in bucket.objects.items()} == {
+        "bucket/a/o.jsonl": {"id": "prompt", "text": "Blue."}
+    }
+
+
+def test_answers_that_a_full_disk_refuses_at_the_end_are_kept_elsewhere(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(interactive, "answer", lambda *_: iter([{"id": "prompt", "text": "Blue."}]))
+    full = (
+        f"{tmp_path / 'o.jsonl'}: No space left on device; make room or mend it, then start again to go on from here"
+    )
+    monkeypatch.setattr(workdir, "write_text", lambda *_: (_ for _ in ()).throw(UserError(full)))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere").mkdir()
+    assert command(monkeypatch, "--model=random:tiny", "--prompt=Why?", f"--out={tmp_path / 'o.jsonl'}") == 2
+    (kept,) = (tmp_path / "elsewhere").iterdir()
+    assert json.loads(kept.read_text()) == {"id": "prompt", "text": "Blue."}
+    said = f"error: {tmp_path / 'o.jsonl'}: No space left on device; the answers are in {kept}\n"
+    assert capsys.readouterr().err == said
 
 
 def test_prompts_that_are_all_too_long_give_no_answers_and_read_no_weights(monkeypatch, capsys):
@@ -132,7 +180,12 @@ def test_prompts_that_are_all_too_long_give_no_answers_and_read_no_weights(monke
 
 
 def test_a_text_without_a_utf8_form_loses_no_answer(monkeypatch, tmp_path):
-    monkeypatch.setattr(interactive, "answer", lambda *_: iter([{"id": "a", "text": "half \ud800"}, {"id": "b", "text": "é"}]))
+    monkeypatch.setattr(
+        interactive, "answer", lambda *_: iter([{"id": "a", "text": "half \ud800"}, {"id": "b", "text": "é"}])
+    )
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
     generate._run(arguments(prompt="", prompts=str(tmp_path / "in.jsonl"), out=str(tmp_path / "out.jsonl")))
-    assert [json.loads(line)["text"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == ["half \ud800", "é"]
+    assert [json.loads(line)["text"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [
+        "half \ud800",
+        "é",
+    ]

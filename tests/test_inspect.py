@@ -92,6 +92,10 @@ def test_the_same_seed_draws_the_same_examples(run, monkeypatch, capsys):
         (["{run}", "--id=q"], "--id=q: no row of {run} has it"),
         (["{run}", "m2/prompts", "--examples=-1"], "--examples=-1: not below 0"),
         (["{run}/m2"], "{run}/m2: not the workdir of a run: it has no config.json of one, and no stages"),
+        (
+            ["foo://x"],
+            "workdir=foo://x: foo:// is no store that can be used; give a local path or gs://, s3://, az://, hf://",
+        ),
         (["{run}/none"], "{run}/none: no such folder; the workdir of a run is needed"),
     ],
 )

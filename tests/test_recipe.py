@@ -17,7 +17,7 @@ import pytest
 from etils import epath
 
 from selfreward_jax import launch, presets, recipe, workdir
-from selfreward_jax.config import Config, from_config_dict
+from selfreward_jax.config import Config, MeshConfig, from_config_dict
 from selfreward_jax.data.records import Pair, Prompt, RankedSet, read_records, to_json
 from selfreward_jax.errors import UserError
 from selfreward_jax.loaded import abstract_params, params_of
@@ -91,7 +91,9 @@ def test_training_on_own_data_reads_what_it_wrote(loss: str) -> None:
 
 
 def test_positives_train_from_m0_with_their_weight_and_ift_only_copies() -> None:
-    positive = {stage.name: stage for stage in recipe.stages(config(aift__method="positives", aift__positive_weight=0.5))}
+    positive = {
+        stage.name: stage for stage in recipe.stages(config(aift__method="positives", aift__positive_weight=0.5))
+    }
     assert positive["m2/train"].make.keywords["files"] == [  # type: ignore[attr-defined]
         ("seed/ift.jsonl", 1.0), ("m1/eft_train.jsonl", 1.0), ("m2/positives.jsonl", 0.5),
     ]  # fmt: skip
@@ -159,7 +161,9 @@ def test_building_eft_without_a_yield_names_the_file_way(run: Run) -> None:
 @pytest.mark.parametrize("run", [{"data__max_length": 300}], indirect=True)
 def test_judge_examples_that_are_all_too_long_are_no_silent_loss(run: Run) -> None:
     eft.make(run)
-    with pytest.raises(UserError, match=r"m1/eft_train.jsonl: none of its 72 examples is left .*raise --config.data.max_length=300"):
+    with pytest.raises(
+        UserError, match=r"m1/eft_train.jsonl: none of its 72 examples is left .*raise --config.data.max_length=300"
+    ):
         train_sft.make(run, "m1", [("seed/ift.jsonl", 1.0), ("m1/eft_train.jsonl", 1.0)])
 
 
@@ -237,7 +241,9 @@ def test_the_model_in_training_writes_its_own_pool(run: Run, monkeypatch: pytest
         asked.append(before)
         return None, some.chat
 
-    def answers(_run: Run, _model: Any, _chat: Any, label: str, number: int, *_: Any) -> tuple[list[str], Counter[str]]:
+    def answers(
+        _run: Run, _model: Any, _chat: Any, label: str, number: int, *_: Any
+    ) -> tuple[list[str], Counter[str]]:
         common = [f"Explain to a new colleague what step number {n} of the plan is." for n in range(3)]
         return [*common, *(f"{label} {number} {n}: tell {'and tell ' * n}a story." for n in range(8))], Counter()
 
@@ -264,7 +270,9 @@ def test_new_prompts_keep_clear_of_evaluation_prompts(run: Run, tmp_path: Path) 
     index = prompts._held_out(run)
     for text in ("Who invented the steam engine in this museum?", "Write a blog post on Hawaii.", "Again."):
         assert index.is_similar(text), text
-    ours = [json.loads(line)["prompt"] for line in (ROOT / "selfreward_jax/data/seed/test.jsonl").read_text().splitlines()]
+    ours = [
+        json.loads(line)["prompt"] for line in (ROOT / "selfreward_jax/data/seed/test.jsonl").read_text().splitlines()
+    ]
     assert index.is_similar(ours[0]) and not index.is_similar("Name three seas that freeze in winter.")
 
 
@@ -296,7 +304,14 @@ def test_what_only_a_late_stage_reads_is_read_at_the_start(tmp_path: Path) -> No
     with pytest.raises(UserError) as caught:
         launch.check_inputs(bad, epath.Path(tmp_path))
     said = caught.value.args
-    wanted = ("scores 1 to 5, not 0 to 5", "URL", "none.jsonl", "empty.jsonl", f"{tmp_path}: is a folder", "judge.jsonl")
+    wanted = (
+        "scores 1 to 5, not 0 to 5",
+        "URL",
+        "none.jsonl",
+        "empty.jsonl",
+        f"{tmp_path}: is a folder",
+        "judge.jsonl",
+    )
     assert len(said) == len(wanted), said
     assert all(any(part in line for line in said) for part in wanted), said
     launch.check_inputs(config(), epath.Path(tmp_path))
@@ -339,7 +354,9 @@ def test_a_data_file_that_changed_is_read_again(tmp_path: Path, capsys: pytest.C
     assert len(made) == 2
 
 
-def test_a_loop_that_cannot_go_on_still_shows_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loop_that_cannot_go_on_still_shows_what_there_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = epath.Path(tmp_path)
     facts = {"loss": 1.5, "answers": 2, "ended": 1, "mean_tokens": 3.0, "judgments": 4, "parsed": 1}
     for stage in recipe.stages(config()):
@@ -356,6 +373,27 @@ def test_a_loop_that_cannot_go_on_still_shows_what_there_is(tmp_path: Path, caps
         recipe.build_loop(config(), root, fails)
     assert "| sft | 1.5000 | 25.0% |" in capsys.readouterr().out
     assert "| m1 |" not in (root / "report.md").read_text()
+    (root / "report.md").unlink()
+    (root / "report.md").mkdir()  # takes no text, as a full disk
+
+    with pytest.raises(UserError, match=r"^no model here$"):
+        recipe.build_loop(config(), root, fails)
+
+
+def test_both_meshes_are_looked_at_before_either_is_refused(tmp_path: Path) -> None:
+    import dataclasses
+
+    wrong = dataclasses.replace(config(), mesh=MeshConfig(1, 3, 1), generation_mesh=MeshConfig(5, 1, 1))
+    with pytest.raises(UserError) as caught:
+        launch.open_run(wrong, epath.Path(tmp_path))
+    assert [line.split(" does not")[0] for line in caught.value.args] == [
+        "--config.mesh: mesh 1x3x1",
+        "--config.generation_mesh: mesh 5x1x1",
+    ]
+    for name, good in (("generation_mesh", "mesh"), ("mesh", "generation_mesh")):
+        one = dataclasses.replace(wrong, **{good: MeshConfig(8, 1, 1)})
+        with pytest.raises(UserError, match=f"^--config.{name}: [^\n]*$"):
+            launch.open_run(one, epath.Path(tmp_path))
 
 
 def main(*arguments: str, workdir: Path) -> subprocess.CompletedProcess[str]:

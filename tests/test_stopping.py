@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from selfreward_jax import stopping
+from selfreward_jax import signals
 
 ROOT = Path(__file__).parents[1]
 CHILD = """
 import ctypes, sys, time
-from selfreward_jax import cli, stopping
+from selfreward_jax import cli, signals
 
 def work():
     try:
@@ -23,7 +23,7 @@ def work():
     finally:
         print("unwound", flush=True)
 
-stopping.signals.__wrapped__.__defaults__ = (1.0,)
+signals.signals.__wrapped__.__defaults__ = (1.0,)
 sys.exit(cli.exit_code(work))
 """
 # A lock taken twice, in C: no signal wakes it, as none wakes a collective that waits.
@@ -59,7 +59,7 @@ def test_a_signal_ends_the_program(number, statement, code, unwound):
 
 def test_afterwards_signals_do_what_they_did_before():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with stopping.signals() as asked:
+    with signals.signals() as asked:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
         assert asked.number == signal.SIGTERM
@@ -69,7 +69,7 @@ def test_afterwards_signals_do_what_they_did_before():
 def test_a_signal_that_is_ignored_stays_so():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with stopping.signals() as asked:
+        with signals.signals() as asked:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.1)
         assert not asked.number

@@ -102,13 +102,27 @@ def test_a_second_process_is_refused_while_the_first_lives(root: epath.Path) -> 
 
 def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError) as caught, lock.locked(epath.Path(tmp_path / "file" / "run")):
+    with (
+        pytest.raises(UserError, match=f"^--workdir={tmp_path}/file/run: .*; take a folder that can") as caught,
+        lock.locked(epath.Path(tmp_path / "file" / "run")),
+    ):
         pass
     assert len(caught.value.args) == 1
 
 
+def test_a_start_that_made_nothing_does_not_bind_the_next(root: epath.Path) -> None:
+    workdir.check_config(root, {"model.source": "/nope"}, set(), override=False)
+    workdir.begin(root, "seed/split", {}, [], [])
+    workdir.check_config(root, {"model.source": "/there"}, set(), override=False)
+    assert workdir.read_json(root / "config.json") == {"model.source": "/there"}
+    workdir.finish(root, "seed/split", [], [], 1.0, {})
+    with pytest.raises(UserError, match="this run was begun with '/there'"):
+        workdir.check_config(root, {"model.source": "/other"}, set(), override=False)
+
+
 def test_a_changed_config_names_the_fields(root: epath.Path) -> None:
     workdir.check_config(root, {"seed": 0, "dpo.beta": 0.1, "target": "m2"}, {"target"}, override=False)
+    workdir.finish(root, "seed/split", [], [], 1.0, {})
     workdir.check_config(root, {"seed": 0, "dpo.beta": 0.1, "target": "m3"}, {"target"}, override=False)
     with pytest.raises(UserError) as caught:
         workdir.check_config(root, {"seed": 1, "dpo.beta": 0.2, "target": "m3"}, {"target"}, override=False)
@@ -124,6 +138,31 @@ def test_a_record_that_is_not_json_says_so(root: epath.Path) -> None:
     workdir.write_text(workdir.record_path(root, "m2/pairs"), "{")
     with pytest.raises(UserError, match=r"not JSON on line 1; delete it"):
         workdir.is_done(root, "m2/pairs")
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"x": 1}', '{"inputs": [], "outputs": {}, "facts": {}, "seconds": 1}'])
+def test_a_record_that_is_another_kind_of_json_says_so(root: epath.Path, text: str) -> None:
+    path = workdir.record_path(root, "m2/pairs")
+    workdir.write_text(path, text)
+    for read in (workdir.is_done, workdir.facts):
+        with pytest.raises(
+            UserError, match=r"pairs.json: not what was written there \(an object with inputs, .*delete it"
+        ):
+            read(root, "m2/pairs")
+    workdir.write_text(path.with_suffix(".begun.json"), text)
+    with pytest.raises(UserError, match=r"pairs.begun.json: not what .*with identity\); delete it"):
+        workdir.begin(root, "m2/pairs", {}, [], [])
+
+
+@pytest.mark.parametrize("text", ["[]", "{"])
+def test_a_config_that_was_damaged_says_how_to_go_on(root: epath.Path, text: str) -> None:
+    workdir.finish(root, "seed/split", [], [], 1.0, {})
+    (root / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config.json: not .*; put it back, or add --resume=override") as caught:
+        workdir.check_config(root, {"seed": 0}, set(), override=False)
+    assert len(caught.value.args) == 1
+    workdir.check_config(root, {"seed": 0}, set(), override=True)
+    assert workdir.read_json(root / "config.json") == {"seed": 0}
 
 
 def test_a_folder_on_an_object_store(bucket, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,7 @@ def open_source(source: str, tokenizer: str | None = None) -> Source:
     Raises:
         UserError: if any part is missing, unreadable or not supported.
     """
+    stores.place(source, "--config.model.source")
     if source == "demo":
         opened = _open_gguf(fetch.demo_gguf(), "demo", tokenizer)
         opened = dataclasses.replace(opened, name="HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -201,7 +202,7 @@ def _licence(card: epath.Path) -> str:
 
 def _tokenizer(place: str) -> PreTrainedTokenizerFast:
     """A tokenizer from a directory (local or remote) or a hub name; never runs code that comes with it."""
-    folder = epath.Path(place).expanduser()
+    folder = stores.place(place, "--config.model.tokenizer")
     hint = "give --config.model.tokenizer=DIRECTORY or a hub name with a tokenizer.json"
     with tempfile.TemporaryDirectory(prefix="selfreward_tokenizer_") as scratch:
         local = os.fspath(folder)

@@ -147,6 +147,7 @@ def test_the_layout_of_random_weights_is_the_one_that_is_asked_for(mesh_of):
         ("nowhere.gguf", "no gguf file at nowhere.gguf"),
         ("gs://bucket/m.gguf", "gguf files are read from local disks; copy it to one first"),
         ("random:huge", "random weights come in one size, 'random:tiny'"),
+        ("foo://bucket/m", "foo:// is no store that can be used; give a local path or gs://"),
     ],
 )
 def test_sources_that_are_none(source, message, monkeypatch, tmp_path):
