@@ -57,7 +57,8 @@ def test_a_file_of_prompts_becomes_a_file_of_answers(tmp_path):
         stopped = row["token_ids"][-1] in chat.stop_ids
         assert row["finish_reason"] == ("stop" if stopped else "length")
         assert stopped or len(row["token_ids"]) == 6
-        assert row["text"] == chat.tokenizer.decode(row["token_ids"], skip_special_tokens=True)
+        whole = chat.tokenizer.decode(row["token_ids"], skip_special_tokens=True)
+        assert row["text"] in (whole, whole.removesuffix("\ufffd"))  # a character that the last token cut is dropped
     assert len({tuple(row["token_ids"]) for row in found}) > 2  # each answer has random draws of its own
 
 
