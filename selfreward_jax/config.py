@@ -257,6 +257,11 @@ class JudgeConfig:
     temperature: float = _f(0.7, "sampling temperature", "3.1.3")
     top_p: float = _f(0.9, "nucleus mass", "3.1.3")
     max_new_tokens: int = _f(256, "longest judgment", _OURS + "'up to 100 words' and the score")
+    stop: str = _f(
+        "score",
+        "score (a sampled judgment ends with the line of its score, below its justification) or end_of_turn",
+        _OURS + "Figure 2's prompt ends with the score",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

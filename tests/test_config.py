@@ -125,6 +125,7 @@ def test_a_field_of_the_wrong_type_makes_no_contradiction_of_its_own():
         ("aift.positive_score", 6.0, "at most judge.high=5"),
         ("aift.positive_weight", 0.0, "above 0"),
         ("judge.score", "guessed", "sampled or expected"),
+        ("judge.stop", "newline", "score or end_of_turn"),
         ("judge.model", "https://host/v1", "needed with judge.model=URL"),
         ("judge.endpoint_model", "gpt", "needed with judge.model=URL"),
         ("eft.ties", "maybe", "strict or lenient"),
