@@ -273,6 +273,7 @@ class CheckConfig:
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
     rows: int = _f(64, "completions that are decoded together", _OURS + "memory")
+    part: int = _f(256, "completions of a part; a killed run loses at most one", _OURS + "a few minutes of work")
     window: int = _f(
         256, "most probable tokens looked at before the exact fallback", _OURS + "measured, see sampling/tokens.py"
     )

@@ -52,11 +52,22 @@ def answer(arguments: argparse.Namespace, prompts: Sequence[tuple[str, str]]) ->
     )
     rows = max(arguments.samples, min(arguments.rows, len(requests) * arguments.samples))
     engine = engines.Engine(
-        source.config, compute, compute, params, mesh, chat.stop_ids, chat.vocabulary, rows, pad=64
+        source.config,
+        compute,
+        compute,
+        params,
+        mesh,
+        chat.stop_ids,
+        chat.vocabulary,
+        rows,
+        part=4 * rows,
+        pad=64,
     )
     with progress("generate", len(requests) * arguments.samples, "answers") as advance:
         width = engines.per_part(engine, requests)
-        for part, completions, _ in engines.run(engine, how, requests, arguments.seed, "generate"):
+        for part, completions, _ in engines.run(
+            engine, how, requests, arguments.seed, "generate", advance=lambda count, cost: advance(count, str(cost))
+        ):
             for place, some in enumerate(completions):
                 key, text = kept[part * width + place]
                 for index, one in enumerate(some):
@@ -64,4 +75,3 @@ def answer(arguments: argparse.Namespace, prompts: Sequence[tuple[str, str]]) ->
                         "id": key, "prompt": text, "index": index, "text": decode(chat, one.ids),
                         "token_ids": one.ids, "logprobs": one.logprobs, "finish_reason": one.finish_reason,
                     }  # fmt: skip
-            advance(len(completions) * arguments.samples)

@@ -210,5 +210,5 @@ def _engine(run: Run, source: Source, chat: Chat, params: llama.Params, mesh: ja
     decoding = dataclasses.replace(reading, unroll=min(run.config.model.decode_unroll, source.config.layers))
     return engines.Engine(
         source.config, reading, decoding, params, mesh, chat.stop_ids, chat.vocabulary, run.config.engine.rows,
-        run.config.engine.pad,
+        run.config.engine.part, run.config.engine.pad,
     )  # fmt: skip

@@ -154,11 +154,17 @@ def sample_parts(
     there = workdir.exist(files)
     per_request = len(requests[0].keys)
     done = sum(len(requests[i * width : (i + 1) * width]) * per_request for i, exists in enumerate(there) if exists)
-    fallbacks = tokens = 0
+    total = engines.Counts()
     with progress(stage, len(requests) * per_request, unit, done) as advance:
-        for part, completions, counts in engines.run(model, how, requests, run.config.seed, stage, there):
+        for part, completions, counts in engines.run(
+            model,
+            how,
+            requests,
+            run.config.seed,
+            stage,
+            there,
+            lambda count, cost: advance(count, str(total + cost)),  # noqa: B023
+        ):
             write_records(files[part], to_records(part * width, completions))
-            fallbacks += counts["fallbacks"]
-            tokens += counts["tokens"]
-            advance(len(completions) * per_request, f"{tokens} tokens, wider nucleus window for {fallbacks}")
+            total += counts
     return files

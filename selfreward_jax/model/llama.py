@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from selfreward_jax.model.attention import Keys, attend, spec_of
+from selfreward_jax.model.attention import Keys, attend, keys_of, spec_of
 from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.model.rope import angles, rotate
 from selfreward_jax.sharding.rules import LAYOUTS, is_axes, spec
@@ -286,7 +286,7 @@ def hidden_states(
     """
 
     def read(index: jax.Array, carry: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None, None]:
-        return attend(q, positions, (Keys(k, v, positions),), config.sliding_window, compute.attention), None, None
+        return attend(q, positions, (keys_of(k, v, positions),), config.sliding_window, compute.attention), None, None
 
     x = _embed(config, compute, params, tokens)
     return _run_layers(config, compute, params, x, positions, read, None, dropout)[0]
@@ -305,15 +305,16 @@ def prefill(
     Args:
         tokens, positions: `[B,T]` int32, right padded, positions NOWHERE at padding and counted from the sequence's
             start (so they begin at the prefix's length).
-        prefix: caches `[L,G,S,K,H]` that all rows (or each group of rows) have read before.
+        prefix: caches `[L,G,K,S,H]` that all rows (or each group of rows) have read before.
 
     Returns:
-        hidden states `[B,T,D]`, and the rows' own keys `[L,B,T,K,H]`.
+        hidden states `[B,T,D]`, and the rows' own keys `[L,B,K,T,H]`.
     """
 
     def read(index: jax.Array, carry: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None, Any]:
-        blocks = (*_layer(prefix, index), Keys(k, v, positions))
-        return attend(q, positions, blocks, config.sliding_window, compute.attention), None, (k, v)
+        own = keys_of(k, v, positions)
+        blocks = (*_layer(prefix, index), own)
+        return attend(q, positions, blocks, config.sliding_window, compute.attention), None, (own.k, own.v)
 
     x = _embed(config, compute, params, tokens)
     x, _, (k, v) = _run_layers(config, compute, params, x, positions, read, None, None)
@@ -336,8 +337,8 @@ def decode_step(
 
     Args:
         tokens, positions: `[B]` int32.
-        prefix: caches that came before, `[L,G,S,K,H]`.
-        own: the rows' cache `[L,B,S,K,H]`; slots from `slot` on are unwritten.
+        prefix: caches that came before, `[L,G,K,S,H]`.
+        own: the rows' cache `[L,B,K,S,H]`; slots from `slot` on are unwritten.
         slot: scalar int32, the same for all rows (positions may differ).
 
     Returns:
@@ -349,9 +350,9 @@ def decode_step(
     def read(index: jax.Array, carry: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any, None]:
         all_k, all_v = carry
         zero = jnp.zeros((), index.dtype)
-        start = (index, zero, slot.astype(index.dtype), zero, zero)
-        all_k = jax.lax.dynamic_update_slice(all_k, k[None].astype(all_k.dtype), start)
-        all_v = jax.lax.dynamic_update_slice(all_v, v[None].astype(all_v.dtype), start)
+        start = (index, zero, zero, slot.astype(index.dtype), zero)
+        all_k = jax.lax.dynamic_update_slice(all_k, jnp.swapaxes(k, 1, 2)[None].astype(all_k.dtype), start)
+        all_v = jax.lax.dynamic_update_slice(all_v, jnp.swapaxes(v, 1, 2)[None].astype(all_v.dtype), start)
         here = Keys(all_k[index], all_v[index], key_positions)
         blocks = (*_layer(prefix, index), here)
         out = attend(q, positions[:, None], blocks, config.sliding_window, compute.attention)
