@@ -6,10 +6,12 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+
 from selfreward_jax.config import MeshConfig
 from selfreward_jax.data.chat import decode, encode_prompt, load_chat
 from selfreward_jax.launch import use_compilation_cache
-from selfreward_jax.loaded import attention_form, generation_mesh
+from selfreward_jax.loaded import attention_form, generation_mesh, make_engine, products
 from selfreward_jax.model import llama
 from selfreward_jax.observe.progress import progress, say
 from selfreward_jax.sampling import engine as engines
@@ -49,20 +51,11 @@ def answer(arguments: argparse.Namespace, prompts: Sequence[tuple[str, str]]) ->
         remat="none",
         attention=attention_form("auto", source.config, arguments.dtype),
         layout="generation",
+        products=products(),
     )
     rows = max(arguments.samples, min(arguments.rows, len(requests) * arguments.samples))
-    engine = engines.Engine(
-        source.config,
-        compute,
-        compute,
-        params,
-        mesh,
-        chat.stop_ids,
-        chat.vocabulary,
-        rows,
-        part=4 * rows,
-        pad=64,
-    )
+    unroll = source.config.layers if jax.default_backend() == "cpu" else 1
+    engine = make_engine(source, chat, params, mesh, compute, unroll, rows, 4 * rows, pad=64)
     with progress("generate", len(requests) * arguments.samples, "answers") as advance:
         width = engines.per_part(engine, requests)
         for part, completions, _ in engines.run(

@@ -29,7 +29,7 @@ class Keys(NamedTuple):
     """Keys and values that queries may read.
 
     Attributes:
-        k, v: `[G,K,S,H]` (or `[L,G,K,S,H]` for the layers of a cache): a head's keys lie together, as matmuls read
+        k, v: `[G,K,S,H]` (for the layers of a cache `[L,G,K,S,H]`, or a tuple of L): a head's keys lie together, as matmuls read
             them. With S before K a CPU turned the whole cache at each decoded token, 6 times the work itself.
         positions: `[G,S]` int32, NOWHERE where there is no token.
     """

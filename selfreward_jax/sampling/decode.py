@@ -9,7 +9,7 @@ which keys are a row's. So a slot is refilled at any time without moving or comp
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from selfreward_jax.model import llama
 from selfreward_jax.model.attention import NOWHERE, Keys, spec_of
 from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.sampling.tokens import Sampling, choose, request_keys
-from selfreward_jax.sharding.rules import LAYOUTS, Rules
+from selfreward_jax.sharding.rules import LAYOUTS
 
 
 class Rows(NamedTuple):
@@ -50,8 +50,8 @@ class Slots(NamedTuple):
     """G slots with n rows each, R = G n, sharded over the rows' mesh axes.
 
     Attributes:
-        prompts: keys `[L,G,K,T,H]`, right padded.
-        own: the rows' keys `[L,R,K,M,H]`, a ring.
+        prompts: keys `[L,G,K,T,H]` (or L times `[G,K,T,H]`), right padded.
+        own: the rows' keys `[L,R,K,M,H]` (or L times `[R,K,M,H]`), a ring.
         steps: scalar int32, decode steps so far; its rest by M is where the ring is written next.
         busy: scalar int32, rows that were not done, summed over the steps.
         fallbacks: scalar int32, tokens that needed more than the first window.
@@ -78,17 +78,27 @@ class Report(NamedTuple):
     fallbacks: jax.Array
 
 
-@partial(jax.jit, static_argnames=("config", "compute", "slots", "samples", "time", "new"))
-def blank(config: LlamaConfig, compute: llama.Compute, slots: int, samples: int, time: int, new: int) -> Slots:
-    """Slots without prompts: G = `slots`, n = `samples`, T = `time`, M = `new`; all rows are done."""
+@partial(jax.jit, static_argnames=("config", "compute", "apart", "slots", "samples", "time", "new"))
+def blank(
+    config: LlamaConfig, compute: llama.Compute, apart: bool, slots: int, samples: int, time: int, new: int
+) -> Slots:
+    """Slots without prompts: G = `slots`, n = `samples`, T = `time`, M = `new`; all rows are done.
+
+    Args:
+        apart: whether the layers of the parameters lie apart (`llama.apart`), and so those of the caches.
+    """
     rules, rows = LAYOUTS[compute.layout][0], slots * samples
     split = rules["rows"]
 
     def cache(count: int, extent: int) -> Keys:
-        shape, spec = (config.layers, count, config.kv_heads, extent, config.head_dim), _cache_spec(rules)
-        nowhere = jnp.full((count, extent), NOWHERE, jnp.int32, out_sharding=P(split, None))
-        k, v = (jnp.zeros(shape, compute.dtype, out_sharding=spec) for _ in range(2))
-        return Keys(k, v, nowhere)
+        shape, spec = (count, config.kv_heads, extent, config.head_dim), (split, rules["kv_heads"], None, None)
+
+        def empty() -> Any:
+            if apart:
+                return tuple(jnp.zeros(shape, compute.dtype, out_sharding=P(*spec)) for _ in range(config.layers))
+            return jnp.zeros((config.layers, *shape), compute.dtype, out_sharding=P(None, *spec))
+
+        return Keys(empty(), empty(), jnp.full((count, extent), NOWHERE, jnp.int32, out_sharding=P(split, None)))
 
     def each(dtype: str, *more: int) -> jax.Array:
         return jnp.zeros((rows, *more), dtype, out_sharding=P(split, *(None for _ in more)))
@@ -99,10 +109,6 @@ def blank(config: LlamaConfig, compute: llama.Compute, slots: int, samples: int,
     )  # fmt: skip
     zero = jnp.zeros((), jnp.int32)
     return Slots(cache(slots, time), cache(rows, new), state, zero, zero, zero)
-
-
-def _cache_spec(rules: Rules) -> P:
-    return P(None, rules["rows"], rules["kv_heads"], None, None)
 
 
 @partial(jax.jit, static_argnames=("config", "compute"))
@@ -179,18 +185,18 @@ def insert(slots: Slots, keys: Keys, rows: Rows, fallbacks: jax.Array, where: ja
     def shard(slots: Slots, keys: Keys, rows: Rows, where: jax.Array) -> tuple[Keys, jax.Array, Rows]:
         count, extent = slots.prompts.positions.shape
         samples = rows.token.shape[0] // where.shape[0]
-        k, v = slots.prompts.k, slots.prompts.v
-        for index in range(where.shape[0]):  # updates in place: a scatter of whole prompts would copy the cache
-            at = (0, jnp.maximum(where[index], 0), 0, 0, 0)
-            size = (*k.shape[:1], 1, *keys.k.shape[2:])
-            k, v = (
-                jax.lax.dynamic_update_slice(
-                    old,
-                    jnp.where(where[index] >= 0, new[:, index][:, None], jax.lax.dynamic_slice(old, at, size)),
-                    at,
-                )
-                for old, new in ((k, keys.k), (v, keys.v))
-            )
+
+        def move(cache: jax.Array, new: jax.Array) -> jax.Array:  # [..,G,K,T,H] and [..,B,K,T',H]
+            axis = new.ndim - 4
+            for index in range(where.shape[0]):  # updates in place: a scatter of whole prompts would copy the cache
+                one = jax.lax.slice_in_dim(new, index, index + 1, axis=axis)
+                at: list[Any] = [0] * new.ndim
+                at[axis] = jnp.maximum(where[index], 0)
+                there = jax.lax.dynamic_slice(cache, at, one.shape)
+                cache = jax.lax.dynamic_update_slice(cache, jnp.where(where[index] >= 0, one, there), at)
+            return cache
+
+        k, v = jax.tree.map(move, (slots.prompts.k, slots.prompts.v), (keys.k, keys.v))
         there = jnp.where(where >= 0, where, count)  # beyond the last: dropped
         padded = jnp.pad(keys.positions, ((0, 0), (0, extent - keys.positions.shape[1])), constant_values=NOWHERE)
         positions = slots.prompts.positions.at[there].set(padded, mode="drop")
@@ -265,7 +271,7 @@ def _scores(
     config: LlamaConfig, compute: llama.Compute, params: llama.Params, vocabulary: int, hidden: jax.Array
 ) -> jax.Array:
     """Logits `[R,V]` of hidden states `[R,D]`, gathered over the vocabulary's axes: choosing needs whole rows."""
-    logits = llama.logits(llama.head_weights(config, compute, params), hidden)
+    logits = llama.logits(config, llama.head_weights(config, compute, params), hidden)
     whole = jax.sharding.reshard(logits, P(*spec_of(hidden)[:1], None))
     return (
         whole

@@ -245,7 +245,10 @@ def _drain(work: _Work, requests: Sequence[Request], advance: Advance) -> tuple[
     dispatch = 0
     batch = padded(engine, min(READ, work.slots))
     with jax.set_mesh(engine.mesh):
-        slots = decode.blank(engine.config, engine.compute, work.slots, samples, time, work.sampling.max_new_tokens)
+        slots = decode.blank(
+            engine.config, engine.compute, isinstance(engine.params["layers"], tuple), work.slots, samples, time,
+            work.sampling.max_new_tokens,
+        )  # fmt: skip
         while True:
             while waiting and sum(map(len, free)) >= min(batch, len(waiting)):
                 chosen = _choose(waiting, free, batch // shards)

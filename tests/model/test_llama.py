@@ -125,7 +125,7 @@ def test_forward_equals_the_reference(case, attention, small, mesh, random_param
     rows = sequences(config)
     compute = llama.Compute(attention=attention)
     hidden = forward(config, compute, params, *padded(rows))
-    logits = llama.logits(llama.head_weights(config, compute, params), hidden)
+    logits = llama.logits(config, llama.head_weights(config, compute, params), hidden)
     assert hidden.dtype == logits.dtype == jnp.float32
     for index, row in enumerate(rows):
         want_hidden, want_logits = reference(config, params, row)

@@ -17,11 +17,11 @@ GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=6, window=64)
 MESHES = [(1, 1, 1), (2, 1, 1), (2, 2, 2), (1, 8, 1)]
 
 
-def opened(mesh_of, shape, rows):
+def opened(mesh_of, shape, rows, part):
     mesh = mesh_of(shape)
     source = open_source("random:tiny")
     params = load_params(source, mesh, "float32", GENERATION)
-    return Engine(source.config, COMPUTE, COMPUTE, params, mesh, (2,), source.config.vocab_size, rows, 16)
+    return Engine(source.config, COMPUTE, COMPUTE, params, mesh, (2,), source.config.vocab_size, rows, part, 16)
 
 
 def requests(count, samples):
@@ -35,7 +35,7 @@ def requests(count, samples):
 @pytest.mark.parametrize(("count", "samples", "rows", "width"), [(96, 3, 64, 21), (5, 3, 64, 5), (9, 4, 2, 1)])
 def test_the_requests_of_a_part_are_the_same_on_every_mesh(mesh_of, count, samples, rows, width):
     for shape in MESHES:
-        made = Engine(None, COMPUTE, COMPUTE, None, mesh_of(shape), (), 1, rows, 16)  # type: ignore[arg-type]
+        made = Engine(None, COMPUTE, COMPUTE, None, mesh_of(shape), (), 1, 2, rows, 16)  # type: ignore[arg-type]
         assert engines.per_part(made, requests(count, samples)) == width
         assert engines.padded(made, width) % shape[0] == 0
         assert width <= engines.padded(made, width) < width + 8
@@ -46,7 +46,7 @@ def test_completions_are_those_of_one_device_and_parts_can_be_mixed(mesh_of, how
     asked = requests(7, 3)  # parts of 3 requests: no multiple of the shards
     found = []
     for shape in ((1, 1, 1), (2, 1, 1), (2, 2, 2)):
-        made = opened(mesh_of, shape, 9)
+        made = opened(mesh_of, shape, 6, 9)
         found.append(list(engines.run(made, how, asked, 0, "test")))
         second = list(engines.run(made, how, asked, 0, "test", [True, False, True]))
         assert [part for part, _, _ in found[-1]] == [0, 1, 2]
@@ -62,6 +62,6 @@ def test_completions_are_those_of_one_device_and_parts_can_be_mixed(mesh_of, how
 
 
 def test_rows_that_fill_the_batch_count_no_tokens(mesh_of):
-    made = opened(mesh_of, (2, 2, 2), 3)
+    made = opened(mesh_of, (2, 2, 2), 3, 9)
     ((_, completions, counts),) = engines.run(made, dataclasses.replace(GREEDY, max_new_tokens=2), requests(1, 3), 0, "x")
-    assert counts["tokens"] == sum(len(one.ids) for some in completions for one in some) <= 6
+    assert counts.tokens == sum(len(one.ids) for some in completions for one in some) <= 6
