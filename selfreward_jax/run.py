@@ -22,6 +22,7 @@ from selfreward_jax.model import llama
 from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.observe.progress import progress
 from selfreward_jax.sampling import engine as engines
+from selfreward_jax.sampling.stopping import Stops
 from selfreward_jax.sampling.tokens import Sampling
 from selfreward_jax.training.optimizer import Optimizer
 from selfreward_jax.training.trainer import Plan
@@ -137,11 +138,13 @@ def sample_parts(
     directory: epath.Path,
     unit: str,
     to_records: Callable[[int, list[list[engines.Completion]]], list[Any]],
+    stops: Stops | None = None,
 ) -> list[epath.Path]:
     """Samples all requests into part files; parts that an earlier process finished are not done again.
 
     Args:
         unit: what a completion is called in the progress line.
+        stops: what ends a completion, if not only the end of its turn.
         to_records: (index of a part's first request, completions of each of its requests) -> records to write.
 
     Returns:
@@ -156,14 +159,9 @@ def sample_parts(
     done = sum(len(requests[i * width : (i + 1) * width]) * per_request for i, exists in enumerate(there) if exists)
     total = engines.Counts()
     with progress(stage, len(requests) * per_request, unit, done) as advance:
+        note = lambda count, cost: advance(count, str(total + cost))  # noqa: E731
         for part, completions, counts in engines.run(
-            model,
-            how,
-            requests,
-            run.config.seed,
-            stage,
-            there,
-            lambda count, cost: advance(count, str(total + cost)),  # noqa: B023
+            model, how, requests, run.config.seed, stage, there, note, stops
         ):
             write_records(files[part], to_records(part * width, completions))
             total += counts

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from selfreward_jax.model import llama
 from selfreward_jax.model.attention import NOWHERE, Keys, spec_of
 from selfreward_jax.model.config import LlamaConfig
+from selfreward_jax.sampling import stopping
 from selfreward_jax.sampling.tokens import Sampling, choose, request_keys
 from selfreward_jax.sharding.rules import LAYOUTS
 
@@ -29,9 +30,10 @@ class Rows(NamedTuple):
         requests: `[R]` int32, the identity of the completion, for its random key.
         ends: `[R]` int32, position of the completion's first token.
         token: `[R]` int32, the last token, which is not read yet.
-        lengths: `[R]` int32, tokens so far, a stop token included.
+        state: `[R]` int32, of the stops (`stopping.Stops`) after that token.
+        lengths: `[R]` int32, tokens so far, the one that ends it included.
         done: `[R]` bool, whether the row waits for another prompt.
-        stopped: `[R]` bool, whether a stop token ended it (else the length limit did).
+        stopped: `[R]` bool, whether a stop ended it (else the length limit did).
         tokens: `[R,M]` int32; what follows the completion is 0.
         logps: `[R,M]` float32, log-probs at temperature 1, nats.
     """
@@ -39,6 +41,7 @@ class Rows(NamedTuple):
     requests: jax.Array
     ends: jax.Array
     token: jax.Array
+    state: jax.Array
     lengths: jax.Array
     done: jax.Array
     stopped: jax.Array
@@ -104,7 +107,7 @@ def blank(
         return jnp.zeros((rows, *more), dtype, out_sharding=P(split, *(None for _ in more)))
 
     state = Rows(
-        each("int32"), each("int32"), each("int32"), each("int32"), ~each("bool"), each("bool"), each("int32", new),
+        each("int32"), each("int32"), each("int32"), each("int32"), each("int32"), ~each("bool"), each("bool"), each("int32", new),
         each("float32", new),
     )  # fmt: skip
     zero = jnp.zeros((), jnp.int32)
@@ -131,7 +134,7 @@ def read(
     lengths: jax.Array,
     requests: jax.Array,
     prefix: tuple[Keys, ...],
-    stop_ids: jax.Array,
+    stops: jax.Array,
 ) -> tuple[Keys, Rows, jax.Array]:
     """Reads B prompts and samples the first token of each one's n completions: one prefill a prompt.
 
@@ -141,7 +144,7 @@ def read(
         lengths: `[B]` int32; 0 marks a prompt that only fills the batch.
         requests: `[B,n]` int32.
         prefix: () or one cache of a prefix that all prompts share.
-        stop_ids: `[E]` int32.
+        stops: `stopping.Stops.table`.
 
     Returns:
         The prompts' keys `[L,B,K,T,H]`; their B x n rows, prompt by prompt; and how many of their tokens needed more
@@ -166,10 +169,10 @@ def read(
     blank_row = jnp.zeros((count * samples,), jnp.int32, out_sharding=P(split))
     blank_table = jnp.zeros((count * samples, sampling.max_new_tokens), jnp.int32, out_sharding=P(split, None))
     rows = Rows(
-        requests.reshape(-1, out_sharding=P(split)), spread(start + lengths), blank_row, blank_row,
+        requests.reshape(-1, out_sharding=P(split)), spread(start + lengths), blank_row, blank_row, blank_row,
         spread(lengths) == 0, blank_row > 0, blank_table, blank_table.astype(jnp.float32),
     )  # fmt: skip
-    return keys, *_record(rows, logits, request_keys(seed, phase, rows.requests), sampling, stop_ids)
+    return keys, *_record(rows, logits, request_keys(seed, phase, rows.requests), sampling, stops)
 
 
 @partial(jax.jit, donate_argnames=("slots",))
@@ -227,7 +230,7 @@ def advance(
     params: llama.Params,
     slots: Slots,
     prefix: tuple[Keys, ...],
-    stop_ids: jax.Array,
+    stops: jax.Array,
     limit: jax.Array,
     enough: jax.Array,
 ) -> tuple[Slots, Report]:
@@ -235,6 +238,7 @@ def advance(
 
     Args:
         prefix: () or one cache of a prefix that all prompts share.
+        stops: `stopping.Stops.table`.
         limit, enough: scalars int32.
     """
     keys = request_keys(seed, phase, slots.rows.requests)
@@ -252,9 +256,7 @@ def advance(
             config, compute, params, rows.token, rows.ends + rows.lengths - 1, (*prefix, slots.prompts), slots.own,
             slots.steps % slots.own.positions.shape[1],
         )  # fmt: skip
-        after, fallbacks = _record(
-            rows, _scores(config, compute, params, vocabulary, hidden), keys, sampling, stop_ids
-        )
+        after, fallbacks = _record(rows, _scores(config, compute, params, vocabulary, hidden), keys, sampling, stops)
         return Slots(
             slots.prompts, own, after, slots.steps + 1, slots.busy + jnp.sum(~rows.done), slots.fallbacks + fallbacks
         )
@@ -281,7 +283,7 @@ def _scores(
 
 
 def _record(
-    rows: Rows, logits: jax.Array, keys: jax.Array, sampling: Sampling, stop_ids: jax.Array
+    rows: Rows, logits: jax.Array, keys: jax.Array, sampling: Sampling, stops: jax.Array
 ) -> tuple[Rows, jax.Array]:
     """Chooses the next token of each row that is not done and notes it; and counts those that needed a wider window."""
     live = ~rows.done
@@ -291,9 +293,10 @@ def _record(
     token, logp, fell_back = choose(logits, keys, rows.lengths, sampling)
     here = live[:, None] & (jnp.arange(rows.tokens.shape[1]) == rows.lengths[:, None])
     lengths = rows.lengths + live
-    ended = live & jnp.any(token[:, None] == stop_ids[None], axis=-1)
+    state = jnp.where(live, stopping.advance(stops, rows.state, token), rows.state)
+    ended = live & stopping.ended(stops, state)
     return Rows(
-        rows.requests, rows.ends, jnp.where(live, token, rows.token), lengths,
+        rows.requests, rows.ends, jnp.where(live, token, rows.token), state, lengths,
         rows.done | ended | (lengths >= sampling.max_new_tokens), rows.stopped | ended,
         jnp.where(here, token[:, None], rows.tokens), jnp.where(here, logp[:, None], rows.logps),
     ), jnp.sum(fell_back & live)  # fmt: skip

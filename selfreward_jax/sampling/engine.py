@@ -22,6 +22,7 @@ from selfreward_jax.model import llama
 from selfreward_jax.model.attention import Keys
 from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.sampling import decode
+from selfreward_jax.sampling.stopping import Stops, stop_table
 from selfreward_jax.sampling.tokens import Sampling
 from selfreward_jax.sharding.place import fetch, place, rows_multiple
 from selfreward_jax.sharding.rules import LAYOUTS, Rules
@@ -38,7 +39,7 @@ class Engine:
     Attributes:
         compute, decode_compute: how prompts are read, and how single tokens are; both in the layout of `params`.
         params: parameters on the mesh.
-        stop_ids: a completion ends after one of these.
+        stop_ids: a completion ends after one of these, where nothing else is asked for (`stopping.Stops`).
         vocabulary: ids from here on are padding rows of the head and are never sampled.
         rows: completions that are decoded together.
         part: completions of a part.
@@ -77,7 +78,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """A sampled continuation; `finish_reason` is "stop" (a stop token, which is its last id) or "length"."""
+    """A sampled continuation; `finish_reason` is "stop" (its last id has ended it) or "length"."""
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -151,6 +152,7 @@ def run(
     phase: str,
     skip: Sequence[bool] = (),
     advance: Advance = lambda *_: None,
+    stops: Stops | None = None,
 ) -> Iterator[tuple[int, list[list[Completion]], Counts]]:
     """Samples all requests, `per_part` at a time; what all of them begin with is read once.
 
@@ -158,6 +160,7 @@ def run(
         requests: each with the same number of keys.
         phase: names the work, e.g. "m2/responses"; part of every random key.
         skip: parts that are not needed (an earlier process wrote them).
+        stops: what ends a completion, if not only the engine's stop ids.
         advance: told how many completions have ended since it was last told, and what their part has cost so far.
 
     Yields:
@@ -178,8 +181,16 @@ def run(
         if prefix is None:
             prefix = _read_shared(engine, shared)
         count = padded(engine, min(max(1, engine.rows // samples), width))
+        table = stops.table if stops else stop_table(engine.stop_ids, engine.vocabulary)
         work = _Work(
-            engine, sampling, np.uint32(seed), np.uint32(zlib.crc32(phase.encode())), len(shared), prefix, count
+            engine,
+            sampling,
+            np.uint32(seed),
+            np.uint32(zlib.crc32(phase.encode())),
+            len(shared),
+            prefix,
+            table,
+            count,
         )
         yield part, *_drain(work, requests[part * width : (part + 1) * width], advance)
 
@@ -216,7 +227,13 @@ def _read_shared(engine: Engine, shared: tuple[int, ...]) -> tuple[Keys, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """What the dispatches of a part have in common: `start` tokens of each prompt are `prefix`; `slots` is G."""
+    """What the dispatches of a part have in common.
+
+    Attributes:
+        start: tokens of each prompt that are in `prefix`.
+        stops: `Stops.table`.
+        slots: G.
+    """
 
     engine: Engine
     sampling: Sampling
@@ -224,11 +241,8 @@ class _Work:
     phase: np.uint32
     start: int
     prefix: tuple[Keys, ...]
+    stops: np.ndarray
     slots: int
-
-    @property
-    def stop_ids(self) -> np.ndarray:
-        return np.asarray(self.engine.stop_ids, np.int32)
 
 
 def _drain(work: _Work, requests: Sequence[Request], advance: Advance) -> tuple[list[list[Completion]], Counts]:
@@ -258,7 +272,7 @@ def _drain(work: _Work, requests: Sequence[Request], advance: Advance) -> tuple[
             enough = min(batch, len(waiting)) or work.slots
             slots, report = decode.advance(
                 engine.config, engine.decode_compute, work.sampling, work.seed, work.phase, engine.vocabulary,
-                engine.params, slots, work.prefix, work.stop_ids, np.int32(STEPS), np.int32(enough),
+                engine.params, slots, work.prefix, work.stops, np.int32(STEPS), np.int32(enough),
             )  # fmt: skip
             reports.append((dispatch, report))
             dispatch += 1
@@ -311,7 +325,7 @@ def _fill(
     batches = [place(array, engine.mesh, engine.rules) for array in (prompts, lengths, keys, where)]
     read = decode.read(
         engine.config, engine.compute, work.sampling, work.seed, work.phase, engine.vocabulary, engine.params,
-        *batches[:3], work.prefix, work.stop_ids,
+        *batches[:3], work.prefix, work.stops,
     )  # fmt: skip
     return decode.insert(slots, *read, batches[3]), (batch, *keys.shape[1:], time, 1)
 

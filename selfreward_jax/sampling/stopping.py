@@ -76,6 +76,14 @@ def build(chat: Chat, strings: Sequence[str] = (), rules: Sequence[np.ndarray] =
     return Stops(chat.stop_ids, tuple(strings), table)
 
 
+def stop_table(ids: Sequence[int], vocabulary: int) -> np.ndarray:
+    """`Stops.table` of token ids alone."""
+    table = np.zeros((2, vocabulary), np.uint8)
+    table[1] = 1
+    table[:, [number for number in ids if number < vocabulary]] = 1
+    return table
+
+
 @functools.cache
 def score_rule() -> np.ndarray:
     """The automaton that ends a judgment with the line of its score (judging/score_line.py)."""

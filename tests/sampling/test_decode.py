@@ -11,6 +11,7 @@ from selfreward_jax.data.batches import Row, Shape
 from selfreward_jax.model import llama
 from selfreward_jax.model.attention import NOWHERE
 from selfreward_jax.sampling import decode
+from selfreward_jax.sampling.stopping import stop_table
 from selfreward_jax.sampling.tokens import Sampling, choose, request_keys
 from selfreward_jax.sharding.place import place, rows_multiple
 from selfreward_jax.training import step, trainer
@@ -18,6 +19,7 @@ from selfreward_jax.training import step, trainer
 COMPUTE, UNROLLED = llama.Compute(), llama.Compute(unroll=2)
 SAMPLING = Sampling(temperature=0.9, top_p=0.95, max_new_tokens=8, window=16)
 STOP = np.array([3, 17, 30], np.int32)
+STOPS = stop_table(STOP, 1000)
 SEED, PHASE = 5, 2
 TIME = 6
 
@@ -47,7 +49,7 @@ def run(config, mesh, params, prompts, requests, prefix=(), sampling=SAMPLING, s
     slots = decode.blank(config, COMPUTE, False, len(prompts), requests.shape[1], TIME, sampling.max_new_tokens)
     read = decode.read(
         config, COMPUTE, sampling, seed, phase, config.vocab_size, params, place(tokens, mesh), place(lengths, mesh),
-        place(requests, mesh), prefix, STOP,
+        place(requests, mesh), prefix, STOPS,
     )  # fmt: skip
     slots = decode.insert(slots, *read, place(np.where(lengths > 0, where, -1).astype(np.int32), mesh))
     slots, report = steps(config, params, slots, prefix, sampling, seed, phase, enough=enough)
@@ -56,7 +58,7 @@ def run(config, mesh, params, prompts, requests, prefix=(), sampling=SAMPLING, s
 
 def steps(config, params, slots, prefix=(), sampling=SAMPLING, seed=SEED, phase=PHASE, limit=100, enough=100):
     return decode.advance(
-        config, UNROLLED, sampling, seed, phase, config.vocab_size, params, slots, prefix, STOP, np.int32(limit),
+        config, UNROLLED, sampling, seed, phase, config.vocab_size, params, slots, prefix, STOPS, np.int32(limit),
         np.int32(enough),
     )  # fmt: skip
 
@@ -194,17 +196,17 @@ def test_caches_are_not_copied(small, mesh, params):
     lengths = place(np.full(slots, time, np.int32), mesh)
     read = decode.read(
         config, COMPUTE, how, 0, 0, 29, params, place(np.ones((slots, time), np.int32), mesh), lengths,
-        place(np.arange(slots * samples, dtype=np.int32).reshape(slots, samples), mesh), (), STOP[:1],
+        place(np.arange(slots * samples, dtype=np.int32).reshape(slots, samples), mesh), (), stop_table(STOP[:1], 1000),
     )  # fmt: skip
     cache = 2 * state.own.k.nbytes
     where = place(np.arange(slots, dtype=np.int32), mesh)
     compiled = decode.insert.lower(state, *read, where).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * cache
     state = compiled(state, *read, where)
-    args = (config, UNROLLED, how, 0, 0, 29, params, state, (), STOP[:1], np.int32(100), np.int32(slots))
+    args = (config, UNROLLED, how, 0, 0, 29, params, state, (), stop_table(STOP[:1], 1000), np.int32(100), np.int32(slots))
     compiled = decode.advance.lower(*args).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 0.6 * cache
-    out = compiled(0, 0, params, state, (), STOP[:1], np.int32(100), np.int32(slots))[1]
+    out = compiled(0, 0, params, state, (), stop_table(STOP[:1], 1000), np.int32(100), np.int32(slots))[1]
     # Ids from `vocabulary` on, padding rows of the head, never appear.
     assert 20 < np.asarray(out.tokens).max() < 29
     assert np.asarray(out.lengths).max() == new
@@ -228,7 +230,7 @@ def test_a_slot_forgets_what_it_held(sampled, small, mesh, params, prompts):
                 where[at], keys[at] = 1 - at, REQUESTS[which]
         read = decode.read(
             small, COMPUTE, SAMPLING, SEED, PHASE, small.vocab_size, params, *(place(x, mesh) for x in (tokens, lengths, keys)),
-            (), STOP,
+            (), STOPS,
         )  # fmt: skip
         slots = decode.insert(slots, *read, place(where, mesh))
         slots, _ = steps(small, params, slots, limit=3)  # a dispatch ends anywhere
