@@ -257,6 +257,11 @@ class JudgeConfig:
     temperature: float = _f(0.7, "sampling temperature", "3.1.3")
     top_p: float = _f(0.9, "nucleus mass", "3.1.3")
     max_new_tokens: int = _f(256, "longest judgment", _OURS + "'up to 100 words' and the score")
+    stop: str = _f(
+        "score",
+        "score (a sampled judgment ends with the line of its score, below its justification) or end_of_turn",
+        _OURS + "Figure 2's prompt ends with the score",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,6 +273,7 @@ class CheckConfig:
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
     rows: int = _f(64, "completions that are decoded together", _OURS + "memory")
+    part: int = _f(256, "completions of a part; a killed run loses at most one", _OURS + "a few minutes of work")
     window: int = _f(
         256, "most probable tokens looked at before the exact fallback", _OURS + "measured, see sampling/tokens.py"
     )

@@ -145,6 +145,7 @@ def find(c: Any) -> list[str]:
     )
     need(c.aift.positive_weight > 0, f"aift.positive_weight={c.aift.positive_weight}: above 0")
     need(c.judge.score in ("sampled", "expected"), f"judge.score={c.judge.score}: sampled or expected")
+    need(c.judge.stop in ("score", "end_of_turn"), f"judge.stop={c.judge.stop}: score or end_of_turn")
     endpoint = "://" in c.judge.model and not c.judge.model.startswith(("gs://", "s3://"))
     need(
         endpoint == bool(c.judge.endpoint_model),

@@ -14,6 +14,7 @@ from typing import Any
 
 from etils import epath
 
+from selfreward_jax.data.token_bytes import stop_problems
 from selfreward_jax.errors import UserError
 
 
@@ -33,6 +34,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
     parser.add_argument("--top_p", type=float, default=0.9, help="nucleus mass")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, end of turn included")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="STRING", help="an answer ends before it; may be repeated"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random draws")
     parser.add_argument("--rows", type=int, default=32, help="answers that are decoded together")
     parser.add_argument("--chat_template", default="own", help="own, llama2, chatml or a Jinja file")
@@ -55,6 +59,7 @@ def _check(arguments: argparse.Namespace) -> None:
         problems.append("--temperature is not negative and --top_p is in (0, 1]")
     if not 0 <= arguments.seed < 2**32:
         problems.append(f"--seed={arguments.seed}: from 0 to 2**32 - 1")
+    problems += stop_problems(arguments.stop)
     if problems:
         raise UserError(*problems)
 

@@ -28,7 +28,12 @@ def compute(run: Run, layout: str = "training") -> llama.Compute:
     """How the model runs while training or (without a backward pass) while sampling."""
     model = run.config.model
     remat = model.remat if layout == "training" else "none"
-    return llama.Compute(model.compute_dtype, model.unroll, remat, run.attention, layout)
+    return llama.Compute(model.compute_dtype, model.unroll, remat, run.attention, layout, products())
+
+
+def products() -> str:
+    """`Compute.products` for this host."""
+    return "float32" if jax.default_backend() == "cpu" else ""
 
 
 def attention_form(choice: str, model: LlamaConfig, dtype: str) -> str:
@@ -219,9 +224,27 @@ def judge_model(run: Run, before: str) -> tuple[engines.Engine, Chat]:
 
 
 def _engine(run: Run, source: Source, chat: Chat, params: llama.Params, mesh: jax.sharding.Mesh) -> engines.Engine:
-    reading = compute(run, "generation")
-    decoding = dataclasses.replace(reading, unroll=min(run.config.model.decode_unroll, source.config.layers))
-    return engines.Engine(
-        source.config, reading, decoding, params, mesh, chat.stop_ids, chat.vocabulary, run.config.engine.rows,
-        run.config.engine.pad,
+    config = run.config.engine
+    return make_engine(
+        source, chat, params, mesh, compute(run, "generation"), run.config.model.decode_unroll, config.rows, config.part,
+        config.pad,
     )  # fmt: skip
+
+
+def make_engine(
+    source: Source, chat: Chat, params: llama.Params, mesh: jax.sharding.Mesh, reading: llama.Compute, unroll: int,
+    rows: int, part: int, pad: int,
+) -> engines.Engine:  # fmt: skip
+    """A sampler over parameters in the generation layout.
+
+    Args:
+        unroll: layers a scan step while decoding; from all of them on nothing is scanned (`llama.apart`).
+        rows, part, pad: see `Engine`.
+    """
+    decoding = dataclasses.replace(reading, unroll=min(unroll, source.config.layers))
+    if decoding.unroll == source.config.layers:
+        with jax.set_mesh(mesh):
+            params = llama.apart(source.config, params)
+    return engines.Engine(
+        source.config, reading, decoding, params, mesh, chat.stop_ids, chat.vocabulary, rows, part, pad
+    )

@@ -22,6 +22,7 @@ from selfreward_jax.model import llama
 from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.observe.progress import progress
 from selfreward_jax.sampling import engine as engines
+from selfreward_jax.sampling.stopping import Stops
 from selfreward_jax.sampling.tokens import Sampling
 from selfreward_jax.training.optimizer import Optimizer
 from selfreward_jax.training.trainer import Plan
@@ -140,11 +141,13 @@ def sample_parts(
     directory: epath.Path,
     unit: str,
     to_records: Callable[[int, list[list[engines.Completion]]], list[Any]],
+    stops: Stops | None = None,
 ) -> list[epath.Path]:
     """Samples all requests into part files; parts that an earlier process finished are not done again.
 
     Args:
         unit: what a completion is called in the progress line.
+        stops: what ends a completion, if not only the end of its turn.
         to_records: (index of a part's first request, completions of each of its requests) -> records to write.
 
     Returns:
@@ -157,11 +160,12 @@ def sample_parts(
     there = workdir.exist(files)
     per_request = len(requests[0].keys)
     done = sum(len(requests[i * width : (i + 1) * width]) * per_request for i, exists in enumerate(there) if exists)
-    fallbacks = tokens = 0
+    total = engines.Counts()
     with progress(stage, len(requests) * per_request, unit, done) as advance:
-        for part, completions, counts in engines.run(model, how, requests, run.config.seed, stage, there):
+        note = lambda count, cost: advance(count, str(total + cost))  # noqa: E731
+        for part, completions, counts in engines.run(
+            model, how, requests, run.config.seed, stage, there, note, stops
+        ):
             write_records(files[part], to_records(part * width, completions))
-            fallbacks += counts["fallbacks"]
-            tokens += counts["tokens"]
-            advance(len(completions) * per_request, f"{tokens} tokens, wider nucleus window for {fallbacks}")
+            total += counts
     return files

@@ -125,6 +125,7 @@ def test_a_field_of_the_wrong_type_makes_no_contradiction_of_its_own():
         ("aift.positive_score", 6.0, "at most judge.high=5"),
         ("aift.positive_weight", 0.0, "above 0"),
         ("judge.score", "guessed", "sampled or expected"),
+        ("judge.stop", "newline", "score or end_of_turn"),
         ("judge.model", "https://host/v1", "needed with judge.model=URL"),
         ("judge.endpoint_model", "gpt", "needed with judge.model=URL"),
         ("eft.ties", "maybe", "strict or lenient"),
@@ -618,16 +619,14 @@ def decoding_program(run):
     """The lowered program of sampling, as the run's engine calls it."""
     from selfreward_jax.loaded import engine
     from selfreward_jax.sampling import decode
+    from selfreward_jax.sampling.stopping import stop_table
     from selfreward_jax.sampling.tokens import Sampling
-    from selfreward_jax.sharding.place import place
 
     e = engine(run, "m0")
-    prompts, lengths, keys = (
-        place(x, e.mesh, e.rules) for x in (TOKENS, np.full(2, 8, np.int32), np.ones((2, 1), np.int32))
-    )
-    lowered = decode.sample.lower(
-        e.config, e.compute, e.decode_compute, Sampling(max_new_tokens=4), np.uint32(0), np.uint32(0), e.vocabulary,
-        e.params, prompts, lengths, keys, (), np.asarray(e.stop_ids, np.int32),
+    slots = decode.blank(e.config, e.decode_compute, isinstance(e.params["layers"], tuple), 2, 1, 8, 4)
+    lowered = decode.advance.lower(
+        e.config, e.decode_compute, Sampling(max_new_tokens=4), np.uint32(0), np.uint32(0), e.vocabulary, e.params, slots,
+        (), stop_table(e.stop_ids, e.vocabulary), np.int32(3), np.int32(2),
     )  # fmt: skip
     return lowered.as_text()
 

@@ -66,7 +66,7 @@ def build(opened: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build
             assert {len(request.keys) for request in requests} == {settings.k}
             width = engines.per_part(engine, requests)
             for part in range(-(-len(requests) // width)):
-                yield part, said[part * width : (part + 1) * width], {"tokens": 0, "steps": 0, "fallbacks": 0}
+                yield part, said[part * width : (part + 1) * width], engines.Counts()
 
         monkeypatch.setattr(engines, "run", canned)
         return eft.make(run)

@@ -66,7 +66,7 @@ def test_expected_scores_stand_beside_the_sampled_ones(files, monkeypatch):
     run, mesh = opened(files, score="expected")
     real = judgments.sample_parts
 
-    def says_scores(run, model, how, requests, stage, folder, unit, to_records):
+    def says_scores(run, model, how, requests, stage, folder, unit, to_records, stops):
         """The sampler's answers with a score put in their place: random weights state none."""
 
         def written(first, completions):

@@ -22,6 +22,7 @@ import jinja2
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from selfreward_jax.data import token_bytes
 from selfreward_jax.errors import UserError
 
 # Unicode noncharacters, which no text may interchange: they mark our own places in strings.
@@ -82,6 +83,17 @@ class Chat:
     _guarded: Tokenizer
     _names: Mapping[str, str]
     _anchor_text: str
+    _decoder: Mapping[str, Any] | None
+
+    @functools.cached_property
+    def token_bytes(self) -> token_bytes.TokenBytes | None:
+        """The bytes that each id puts into a text; None for a tokenizer whose texts are more than their bytes."""
+        tokens: list[str | None] = [None] * self.vocabulary
+        for token, number in self.tokenizer.get_vocab().items():
+            tokens[number] = token
+        for number, added in self.tokenizer.added_tokens_decoder.items():
+            tokens[number] = None if added.special else added.content
+        return token_bytes.read(self._decoder, tokens)
 
     @functools.cached_property
     def _control(self) -> re.Pattern[str] | None:
@@ -138,8 +150,8 @@ def _clean(text: str) -> str:
     return text
 
 
-def _guard(tokenizer: PreTrainedTokenizerFast) -> tuple[Tokenizer, dict[str, str]]:
-    """A copy of the backend whose added tokens have names that no text can spell, and the map old name to new.
+def _guard(tokenizer: PreTrainedTokenizerFast) -> tuple[Tokenizer, dict[str, str], Mapping[str, Any] | None]:
+    """A copy of the backend whose added tokens have names that no text can spell, the map old name to new, the decoder.
 
     Added tokens that are white space only (indentation runs) are ordinary text and keep their names.
     """
@@ -164,7 +176,7 @@ def _guard(tokenizer: PreTrainedTokenizerFast) -> tuple[Tokenizer, dict[str, str
     wrong += [old for old in names if f"{_OPEN}" in "".join(guarded.encode(old, add_special_tokens=False).tokens)]
     if wrong:
         raise UserError(f"--config.model.tokenizer: its control tokens {wrong[:5]} cannot be told from text")
-    return guarded, names
+    return guarded, names, state["decoder"]
 
 
 def _template(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
@@ -209,10 +221,10 @@ def load_chat(tokenizer: PreTrainedTokenizerFast, template: str = "own", eos_ids
     text = _template(tokenizer, template)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = text
-    guarded, names = _guard(tokenizer)
+    guarded, names, decoder = _guard(tokenizer)
     eos: Any = tokenizer.eos_token_id
     vocabulary = max(tokenizer.get_vocab().values()) + 1
-    chat = Chat(tokenizer, -1, (), -1, vocabulary, "", (), guarded, names, "")
+    chat = Chat(tokenizer, -1, (), -1, vocabulary, "", (), guarded, names, "", decoder)
 
     question = {"role": "user", "content": _QUESTION}
     prompt = chat._render([question], generate=True)
@@ -290,10 +302,22 @@ def encode_opening(chat: Chat, text: str) -> list[int]:
     return [*chat._opening, *encode_text(chat, text)]
 
 
-def decode(chat: Chat, ids: Sequence[int]) -> str:
-    """The text of an answer's ids: special tokens dropped, and the template's leading space if it has one."""
-    text: Any = chat.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text.removeprefix(chat.lead) if chat.lead.isspace() else text
+def decode(chat: Chat, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
+    """The text of an answer's ids, up to the first of the stop strings.
+
+    Special tokens are dropped, and the template's leading space if it has one. Bytes that are no UTF-8 become U+FFFD;
+    a character that the last id leaves unfinished is dropped.
+    """
+    known = chat.token_bytes
+    if known is None:
+        written: Any = chat.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        data, leading = written.encode(), 0
+    else:
+        data, leading = b"".join([known.pieces[number] for number in ids]), known.leading
+    text = token_bytes.text_of(token_bytes.before_stop(data, stop))
+    for space in (*" " * leading, *([chat.lead] if chat.lead.isspace() else [])):
+        text = text.removeprefix(space)
+    return text
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:

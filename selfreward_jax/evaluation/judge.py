@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
+from selfreward_jax.config import JudgeConfig
 from selfreward_jax.data.chat import Chat, decode, encode_prompt
 from selfreward_jax.data.records import Judgment
 from selfreward_jax.judging.scores import read_score
 from selfreward_jax.judging.templates import Template, render
+from selfreward_jax.sampling import stopping
 from selfreward_jax.sampling.engine import Completion, Request
 
 
@@ -18,17 +20,31 @@ def request(chat: Chat, template: Template, instruction: str, response: str, ind
     return Request(tuple(ids), tuple(range(index * k, (index + 1) * k)))
 
 
+def stops(chat: Chat, config: JudgeConfig) -> stopping.Stops:
+    """What ends a judgment that this judge writes."""
+    # A tokenizer whose bytes are not known goes on to the end of the turn, which gives the same readings.
+    early = config.stop == "score" and chat.token_bytes is not None
+    return stopping.build(chat, rules=(stopping.score_rule(),) if early else ())
+
+
 def judgments(
     chat: Chat, template: Template, prompt_id: str, response_index: int, completions: Sequence[Completion]
 ) -> list[Judgment]:
     """Records of a response's sampled judgments."""
     return [
         judgment(
-            template, prompt_id, response_index, sample, decode(chat, completion.ids), completion.ids,
+            template, prompt_id, response_index, sample, _text(chat, completion), completion.ids,
             completion.finish_reason,
         )
         for sample, completion in enumerate(completions)
     ]  # fmt: skip
+
+
+def _text(chat: Chat, completion: Completion) -> str:
+    text = decode(chat, completion.ids)
+    if completion.finish_reason == "stop" and completion.ids[-1] not in chat.stop_ids:
+        text = text.rstrip()  # of the line feed that ended it: a judge that learns from it is not to write one
+    return text
 
 
 def judgment(

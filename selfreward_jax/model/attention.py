@@ -29,13 +29,19 @@ class Keys(NamedTuple):
     """Keys and values that queries may read.
 
     Attributes:
-        k, v: `[G,S,K,H]` (or `[L,G,S,K,H]` for the layers of a cache).
+        k, v: `[G,K,S,H]` (for the layers of a cache `[L,G,K,S,H]`, or a tuple of L): a head's keys lie together, as matmuls read
+            them. With S before K a CPU turned the whole cache at each decoded token, 6 times the work itself.
         positions: `[G,S]` int32, NOWHERE where there is no token.
     """
 
     k: jax.Array
     v: jax.Array
     positions: jax.Array
+
+
+def keys_of(k: jax.Array, v: jax.Array, positions: jax.Array) -> Keys:
+    """A block from keys and values as a layer computes them, `[G,S,K,H]`."""
+    return Keys(k.swapaxes(1, 2), v.swapaxes(1, 2), positions)
 
 
 # The score of a key that is not seen; finite, so that a row that sees nothing gives no NaN.
@@ -74,7 +80,7 @@ def attend(q: jax.Array, q_positions: jax.Array, blocks: tuple[Keys, ...], windo
     local: Callable[..., jax.Array] = _attend_plain
     if q.shape[1] > 1 and form == "mapped":
         local = _attend_mapped
-    elif q.shape[1] > 1 and form in KERNELS and [block.k.shape[:2] for block in blocks] == [q.shape[:2]]:
+    elif q.shape[1] > 1 and form in KERNELS and [block.positions.shape for block in blocks] == [q.shape[:2]]:
         local = partial(_attend_kernel, kernel=KERNELS[form])
     pickers = [_head_picker(q, block) for block in blocks]
 
@@ -88,23 +94,23 @@ def attend(q: jax.Array, q_positions: jax.Array, blocks: tuple[Keys, ...], windo
 def _head_picker(q: jax.Array, block: Keys) -> Callable[[Keys], Keys]:
     """What a device does with its kv heads, inside `shard_map`: keep those that its query heads read."""
     mesh = jax.typeof(q).sharding.mesh
-    q_axes, kv_axes = _axes(q, 2), _axes(block.k, 2)
+    q_axes, kv_axes = _axes(q, 2), _axes(block.k, 1)
     if q_axes == kv_axes:
         return lambda block: block
     q_heads = q.shape[2] // math.prod(mesh.shape[axis] for axis in q_axes)
-    share = q.shape[2] // block.k.shape[2]
+    share = q.shape[2] // block.k.shape[1]
     if q_axes[: len(kv_axes)] != kv_axes or (q_heads % share and share % q_heads):
         raise ValueError(
-            f"{q.shape[2]} query heads split over mesh axes {q_axes} cannot read {block.k.shape[2]} kv heads split "
+            f"{q.shape[2]} query heads split over mesh axes {q_axes} cannot read {block.k.shape[1]} kv heads split "
             f"over {kv_axes}: a device's query heads must be whole groups of its own kv heads, or lie in one group"
         )
     extra, count = q_axes[len(kv_axes) :], max(q_heads // share, 1)
 
     def pick(block: Keys) -> Keys:
-        if block.k.shape[2] == count:
+        if block.k.shape[1] == count:
             return block
         start = jax.lax.axis_index(extra) * q_heads // share
-        k, v = (jax.lax.dynamic_slice_in_dim(x, start, count, axis=2) for x in (block.k, block.v))
+        k, v = (jax.lax.dynamic_slice_in_dim(x, start, count, axis=1) for x in (block.k, block.v))
         return Keys(k, v, block.positions)
 
     return pick
@@ -120,7 +126,8 @@ def _attend_kernel(
     q: jax.Array, q_positions: jax.Array, blocks: tuple[Keys, ...], window: int, kernel: Callable[..., jax.Array]
 ) -> jax.Array:
     del q_positions  # causal, and padding comes last: places in the row say all that positions do
-    return kernel(q, blocks[0].k, blocks[0].v, window=window)
+    k, v = (jnp.swapaxes(x, 1, 2) for x in (blocks[0].k, blocks[0].v))
+    return kernel(q, k, v, window=window)
 
 
 def _visible(q_positions: jax.Array, key_positions: jax.Array, window: int) -> jax.Array:
@@ -131,12 +138,12 @@ def _visible(q_positions: jax.Array, key_positions: jax.Array, window: int) -> j
 def _attend_mapped(q: jax.Array, q_positions: jax.Array, blocks: tuple[Keys, ...], window: int) -> jax.Array:
     batch, time, heads, width = q.shape
     own, shared = blocks[-1], blocks[:-1]
-    kv_heads = own.k.shape[2]
+    kv_heads = own.k.shape[1]
     share = heads // kv_heads
     # [B,T,N,H] -> [B*K,Q,T,H]: a row and kv head is one matmul operand
     queries = (q * jnp.asarray(width**-0.5, q.dtype)).reshape(batch, time, kv_heads, share, width)
     queries = queries.transpose(0, 2, 3, 1, 4).reshape(batch * kv_heads, share, time, width)
-    own_k, own_v = (jnp.swapaxes(x, 1, 2).reshape(batch * kv_heads, time, width) for x in (own.k, own.v))
+    own_k, own_v = (x.reshape(batch * kv_heads, time, width) for x in (own.k, own.v))
 
     @jax.checkpoint
     def one(item: tuple[jax.Array, ...]) -> jax.Array:
@@ -145,7 +152,7 @@ def _attend_mapped(q: jax.Array, q_positions: jax.Array, blocks: tuple[Keys, ...
         read = []
         for block in shared:
             group = row // (batch // block.k.shape[0])
-            read.append((block.k[group, :, head], block.v[group, :, head], block.positions[group]))
+            read.append((block.k[group, head], block.v[group, head], block.positions[group]))
         outs = []
         for start in range(0, time, _TILE):
             end = min(start + _TILE, time)
@@ -179,25 +186,43 @@ def _softmax(scores: list[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
 
 def _attend_plain(q: jax.Array, q_positions: jax.Array, blocks: tuple[Keys, ...], window: int) -> jax.Array:
     batch, time, heads, width = q.shape
-    q = q * jnp.asarray(width**-0.5, q.dtype)
-    scores, queries = [], []
-    for block in blocks:
-        groups, extent, kv_heads, _ = block.k.shape
-        grouped = q.reshape(groups, batch // groups, time, kv_heads, heads // kv_heads, width)
-        score = jnp.einsum("grtkqh,gskh->grkqts", grouped, block.k, preferred_element_type=jnp.float32)
-        at = q_positions.reshape(groups, batch // groups, time)[:, :, None, None, :, None]
-        key_at = block.positions[:, None, None, None, None, :]
-        score = jnp.where(_visible(at, key_at, window), score, _LOWEST)
-        scores.append(score.reshape(batch, kv_heads, heads // kv_heads, time, extent))
-        queries.append(groups)
-    weights, total = _softmax(scores)  # [B,K,Q,T,S], [B,K,Q,T]
-    out = jnp.zeros((), jnp.float32)
-    for block, groups, weight in zip(blocks, queries, weights, strict=True):
-        grouped = weight.astype(q.dtype).reshape(groups, batch // groups, *weight.shape[1:])
-        part = jnp.einsum("grkqts,gskh->grtkqh", grouped, block.v, preferred_element_type=jnp.float32)
-        out = out + part.reshape(batch, time, *weight.shape[1:3], width)
-    out = out / jnp.transpose(total, (0, 3, 1, 2))[..., None]
+    kv_heads = blocks[0].k.shape[1]
+    # [B,T,N,H] -> [B,K,QT,H]: all queries of a kv head are rows of one matmul
+    q = (q * jnp.asarray(width**-0.5, q.dtype)).reshape(batch, time, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+    share = heads // kv_heads
+    parts = [_attend_block(q.reshape(batch, kv_heads, share * time, width), q_positions, b, window) for b in blocks]
+    top = jax.lax.stop_gradient(jnp.max(jnp.stack([top for top, _, _ in parts]), axis=0))
+    scales = [jnp.exp(part[0] - top) for part in parts]
+    total = sum((scale * part[1] for scale, part in zip(scales, parts, strict=True)), start=jnp.zeros(()))
+    out = sum((scale[..., None] * part[2] for scale, part in zip(scales, parts, strict=True)), start=jnp.zeros(()))
+    out = (out / total[..., None]).reshape(batch, kv_heads, share, time, width).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, time, heads, width).astype(q.dtype)
+
+
+def _attend_block(
+    q: jax.Array, q_positions: jax.Array, block: Keys, window: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What one block adds: its highest score and the sum of its weights `[B,K,QT]`, and the weighted values `[B,K,QT,H]`."""
+    batch, kv_heads, queries, _ = q.shape
+    groups, rows = block.k.shape[0], batch // block.k.shape[0]
+    time = q_positions.shape[1]
+
+    def together(x: jax.Array) -> jax.Array:  # [B,K,QT,..] -> [G,K,rQT,..]: rows that read the same keys
+        x = x.reshape(groups, rows, kv_heads, queries, *x.shape[3:])
+        return jnp.swapaxes(x, 1, 2).reshape(groups, kv_heads, rows * queries, *x.shape[4:])
+
+    def apart(x: jax.Array) -> jax.Array:
+        x = x.reshape(groups, kv_heads, rows, queries, *x.shape[3:])
+        return jnp.swapaxes(x, 1, 2).reshape(batch, kv_heads, queries, *x.shape[4:])
+
+    scores = jnp.einsum("gkxh,gksh->gkxs", together(q), block.k, preferred_element_type=jnp.float32)
+    at = jnp.broadcast_to(q_positions.reshape(groups, rows, 1, time), (groups, rows, queries // time, time))
+    seen = _visible(at.reshape(groups, 1, -1, 1), block.positions[:, None, None, :], window)
+    scores = jnp.where(seen, scores, _LOWEST)
+    top = jax.lax.stop_gradient(scores.max(-1))
+    weights = jnp.exp(scores - top[..., None])
+    out = jnp.einsum("gkxs,gksh->gkxh", weights.astype(q.dtype), block.v, preferred_element_type=jnp.float32)
+    return apart(top), apart(weights.sum(-1)), apart(out)
 
 
 def spec_of(x: jax.Array) -> P:

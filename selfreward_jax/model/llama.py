@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from selfreward_jax.model.attention import Keys, attend, spec_of
+from selfreward_jax.model.attention import Keys, attend, keys_of, spec_of
 from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.model.rope import angles, rotate
 from selfreward_jax.sharding.rules import LAYOUTS, is_axes, spec
@@ -34,6 +34,8 @@ class Compute:
         attention: "plain", "mapped", "cudnn" or "splash", see `attention.attend`.
         layout: of the parameters, "training" or "generation" (`sharding.rules.LAYOUTS`).
         remat: what the backward pass keeps: "none" keeps all, "full" recomputes each layer, "dots" keeps matmuls.
+        products: dtype in which matmuls hand over their results, to be rounded to `dtype`; "": in `dtype`. On a CPU
+            float32: else XLA turns bfloat16 weights to float32 at each use. On a mesh it would double what is reduced.
     """
 
     dtype: str = "float32"
@@ -41,6 +43,7 @@ class Compute:
     remat: str = "full"
     attention: str = "plain"
     layout: str = "training"
+    products: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +87,13 @@ class Attention(nnx.Module):
         if config.o_bias:
             self.o_bias = nnx.Param(jnp.zeros((d,)), axes=("norm",))
 
-    def __call__(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], read: Callable) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], read: Callable, multiply: Callable
+    ) -> tuple[jax.Array, Any]:
         with jax.named_scope("qkv"):
-            q = jnp.einsum("BTD,DNH->BTNH", x, self.q[...])
-            k = jnp.einsum("BTD,DKH->BTKH", x, self.k[...])
-            v = jnp.einsum("BTD,DKH->BTKH", x, self.v[...])
+            q = multiply("BTD,DNH->BTNH", x, self.q[...])
+            k = multiply("BTD,DKH->BTKH", x, self.k[...])
+            v = multiply("BTD,DKH->BTKH", x, self.v[...])
             if hasattr(self, "q_bias"):
                 q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         with jax.named_scope("rope"):
@@ -96,7 +101,8 @@ class Attention(nnx.Module):
         with jax.named_scope("attention"):
             out, kept = read(q, k, v)
         with jax.named_scope("attention_out"):  # contracts heads: an all-reduce over `tensor`
-            out = jnp.einsum("BTNH,NHD->BTD", out, self.o[...], out_sharding=P(*spec_of(x)))
+            # N and H as one axis: a CPU turned the weights over to contract two
+            out = multiply("BTX,XD->BTD", _merged(out, 2), _merged(self.o[...], 0), P(*spec_of(x)))
             if hasattr(self, "o_bias"):
                 out = out + self.o_bias[...]
         return out, kept
@@ -115,14 +121,14 @@ class Mlp(nnx.Module):
             self.up_bias = nnx.Param(jnp.zeros((f,)), axes=("ffn",))
             self.down_bias = nnx.Param(jnp.zeros((d,)), axes=("norm",))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, multiply: Callable) -> jax.Array:
         with jax.named_scope("mlp"):
-            gate = jnp.einsum("BTD,DF->BTF", x, self.gate[...])
-            up = jnp.einsum("BTD,DF->BTF", x, self.up[...])
+            gate = multiply("BTD,DF->BTF", x, self.gate[...])
+            up = multiply("BTD,DF->BTF", x, self.up[...])
             if hasattr(self, "gate_bias"):
                 gate, up = gate + self.gate_bias[...], up + self.up_bias[...]
             # contracts ffn: an all-reduce over `tensor`
-            out = jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, self.down[...], out_sharding=P(*spec_of(x)))
+            out = multiply("BTF,FD->BTD", jax.nn.silu(gate) * up, self.down[...], P(*spec_of(x)))
             return out + self.down_bias[...] if hasattr(self, "down_bias") else out
 
 
@@ -136,11 +142,11 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, rngs)
 
     def __call__(
-        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], read: Callable, drop: Callable
+        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], read: Callable, drop: Callable, multiply: Callable
     ) -> tuple[jax.Array, Any]:
-        branch, kept = self.attention(self.attention_norm(x), rotation, read)
+        branch, kept = self.attention(self.attention_norm(x), rotation, read, multiply)
         x = x + drop(branch, 0)
-        return x + drop(self.mlp(self.mlp_norm(x)), 1), kept
+        return x + drop(self.mlp(self.mlp_norm(x), multiply), 1), kept
 
 
 class Llama(nnx.Module):
@@ -199,11 +205,39 @@ def init(config: LlamaConfig, key: jax.Array, dtype: str = "float32") -> Params:
     return jax.tree.map(lambda a: a.astype(dtype), params)
 
 
+@partial(jax.jit, static_argnames=("config",))
+def apart(config: LlamaConfig, params: Params) -> Params:
+    """The same parameters with an array for each layer: `layers` is a tuple of L trees without L.
+
+    A CPU copies a layer out of a stacked array before it multiplies with it, each time: at 32 rows that was half of a
+    decode step. Caches of such parameters are tuples of L arrays too. Compiling takes longer, as nothing is scanned.
+    """
+    leaves, structure = jax.tree.flatten(params["layers"])
+    layers: list[list[jax.Array]] = [[] for _ in range(config.layers)]
+    for leaf in leaves:
+        for layer, part in zip(layers, jnp.unstack(leaf), strict=True):
+            layer.append(part)
+    return params | {"layers": tuple(structure.unflatten(layer) for layer in layers)}
+
+
 def _use(weights: Params, axes: Params, compute: Compute) -> Params:
     """Weights in compute dtype and layout: in training an all-gather over `fsdp`, after the cast as it moves fewer bytes."""
     rules = LAYOUTS[compute.layout][1]
     cast = lambda w, a: jax.sharding.reshard(w.astype(compute.dtype), spec(a, rules))  # noqa: E731
     return jax.tree.map(cast, weights, axes, is_leaf=lambda node: is_axes(node))
+
+
+def _multiply(compute: Compute, equation: str, x: jax.Array, weights: jax.Array, out: P | None = None) -> jax.Array:
+    """`jnp.einsum` of activations and weights, in the compute dtype."""
+    wide = compute.products or None
+    return jnp.einsum(equation, x, weights, preferred_element_type=wide, out_sharding=out).astype(x.dtype)
+
+
+def _merged(x: jax.Array, axis: int) -> jax.Array:
+    """An axis and the one behind it, which is whole on each device, as one."""
+    spec = spec_of(x)
+    shape = (*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
+    return jnp.reshape(x, shape, out_sharding=P(*spec[: axis + 1], *spec[axis + 2 :]))
 
 
 def _embed(config: LlamaConfig, compute: Compute, params: Params, tokens: jax.Array) -> jax.Array:
@@ -225,7 +259,8 @@ def _run_layers(
     """Applies all layers. `read(layer, carry, q, k, v) -> (out, carry, kept)` attends and may update the carry.
 
     Returns:
-        hidden states `[B,T,D]` after the last norm, the carry, and what `read` kept, stacked over L.
+        hidden states `[B,T,D]` after the last norm, the carry, and what `read` kept, stacked over L or, where the
+        layers lie apart, a tuple of L.
     """
     definition = _definition(config, Block)
     axes = _declared(config)[1]["layers"]
@@ -250,15 +285,22 @@ def _run_layers(
 
         block = nnx.merge(definition, _use(weights, axes, compute))
         with jax.named_scope("block"):
-            x, kept = block(x, rotation, read_layer, drop)
+            x, kept = block(x, rotation, read_layer, drop, partial(_multiply, compute))
         return (x, held[0]), kept
 
     if compute.remat == "full":
         body = jax.checkpoint(body)
     elif compute.remat == "dots":
         body = jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    indices = jnp.arange(config.layers)
-    (x, carry), kept = jax.lax.scan(body, (x, carry), (indices, params["layers"]), unroll=compute.unroll)
+    if isinstance(params["layers"], tuple):
+        kept = []
+        for index, layer in enumerate(params["layers"]):
+            (x, carry), one = body((x, carry), (index, layer))  # type: ignore[arg-type]
+            kept.append(one)
+        kept = jax.tree.map(lambda *layers: layers, *kept)
+    else:
+        indices = jnp.arange(config.layers)
+        (x, carry), kept = jax.lax.scan(body, (x, carry), (indices, params["layers"]), unroll=compute.unroll)
     return _final_norm(config, params, x), carry, kept
 
 
@@ -286,7 +328,7 @@ def hidden_states(
     """
 
     def read(index: jax.Array, carry: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None, None]:
-        return attend(q, positions, (Keys(k, v, positions),), config.sliding_window, compute.attention), None, None
+        return attend(q, positions, (keys_of(k, v, positions),), config.sliding_window, compute.attention), None, None
 
     x = _embed(config, compute, params, tokens)
     return _run_layers(config, compute, params, x, positions, read, None, dropout)[0]
@@ -305,15 +347,16 @@ def prefill(
     Args:
         tokens, positions: `[B,T]` int32, right padded, positions NOWHERE at padding and counted from the sequence's
             start (so they begin at the prefix's length).
-        prefix: caches `[L,G,S,K,H]` that all rows (or each group of rows) have read before.
+        prefix: caches `[L,G,K,S,H]` that all rows (or each group of rows) have read before.
 
     Returns:
-        hidden states `[B,T,D]`, and the rows' own keys `[L,B,T,K,H]`.
+        hidden states `[B,T,D]`, and the rows' own keys `[L,B,K,T,H]`.
     """
 
     def read(index: jax.Array, carry: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None, Any]:
-        blocks = (*_layer(prefix, index), Keys(k, v, positions))
-        return attend(q, positions, blocks, config.sliding_window, compute.attention), None, (k, v)
+        own = keys_of(k, v, positions)
+        blocks = (*_layer(prefix, index), own)
+        return attend(q, positions, blocks, config.sliding_window, compute.attention), None, (own.k, own.v)
 
     x = _embed(config, compute, params, tokens)
     x, _, (k, v) = _run_layers(config, compute, params, x, positions, read, None, None)
@@ -336,8 +379,8 @@ def decode_step(
 
     Args:
         tokens, positions: `[B]` int32.
-        prefix: caches that came before, `[L,G,S,K,H]`.
-        own: the rows' cache `[L,B,S,K,H]`; slots from `slot` on are unwritten.
+        prefix: caches that came before, `[L,G,K,S,H]`.
+        own: the rows' cache `[L,B,K,S,H]`; slots from `slot` on are unwritten.
         slot: scalar int32, the same for all rows (positions may differ).
 
     Returns:
@@ -347,11 +390,7 @@ def decode_step(
     key_positions = jnp.where(slots[None, :] == slot, positions[:, None], own.positions)
 
     def read(index: jax.Array, carry: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any, None]:
-        all_k, all_v = carry
-        zero = jnp.zeros((), index.dtype)
-        start = (index, zero, slot.astype(index.dtype), zero, zero)
-        all_k = jax.lax.dynamic_update_slice(all_k, k[None].astype(all_k.dtype), start)
-        all_v = jax.lax.dynamic_update_slice(all_v, v[None].astype(all_v.dtype), start)
+        all_k, all_v = (_written(cache, index, slot, new) for cache, new in zip(carry, (k, v), strict=True))
         here = Keys(all_k[index], all_v[index], key_positions)
         blocks = (*_layer(prefix, index), here)
         out = attend(q, positions[:, None], blocks, config.sliding_window, compute.attention)
@@ -362,18 +401,30 @@ def decode_step(
     return x[:, 0], Keys(k, v, key_positions)
 
 
+def _written(cache: Any, index: Any, slot: jax.Array, new: jax.Array) -> Any:
+    """A cache with one token's keys or values `[B,1,K,H]` at `slot` of a layer."""
+    new = jnp.swapaxes(new, 1, 2)
+    if isinstance(cache, tuple):
+        layer = jax.lax.dynamic_update_slice_in_dim(cache[index], new.astype(cache[index].dtype), slot, axis=2)
+        return (*cache[:index], layer, *cache[index + 1 :])
+    zero = jnp.zeros((), index.dtype)
+    start = (index, zero, zero, slot.astype(index.dtype), zero)
+    return jax.lax.dynamic_update_slice(cache, new[None].astype(cache.dtype), start)
+
+
 def _layer(caches: tuple[Keys, ...], index: jax.Array) -> tuple[Keys, ...]:
     return tuple(Keys(cache.k[index], cache.v[index], cache.positions) for cache in caches)
 
 
 def head_weights(config: LlamaConfig, compute: Compute, params: Params) -> jax.Array:
-    """The head `[D,V]` in the compute dtype, gathered over `fsdp` once (outside any loop over tokens)."""
-    if config.tied:
-        return _use({"w": params["embed"]}, {"w": ("vocab", "embed")}, compute)["w"].T
-    return _use({"w": params["head"]}, {"w": ("embed", "vocab")}, compute)["w"]
+    """The head, `[D,V]` or tied `[V,D]`, in the compute dtype, gathered over `fsdp` once (outside any loop over tokens)."""
+    name, axes = ("embed", ("vocab", "embed")) if config.tied else ("head", ("embed", "vocab"))
+    return _use({"w": params[name]}, {"w": axes}, compute)["w"]
 
 
-def logits(head: jax.Array, hidden: jax.Array) -> jax.Array:
+def logits(config: LlamaConfig, head: jax.Array, hidden: jax.Array) -> jax.Array:
     """Float32 logits `[...,V]` of hidden states `[...,D]`."""
+    # As the weights lie: turned over first, bfloat16 took 6 times as long on a CPU.
+    equation = "...D,VD->...V" if config.tied else "...D,DV->...V"
     with jax.named_scope("head"):
-        return jnp.einsum("...D,DV->...V", hidden, head, preferred_element_type=jnp.float32)
+        return jnp.einsum(equation, hidden, head, preferred_element_type=jnp.float32)

@@ -1,4 +1,10 @@
-"""Prefill and decode, jitted: prompts in, completions out, every shape fixed by the arguments' shapes."""
+"""Slots on the device: prompts are read into them, and their rows decoded some steps at a time, every shape fixed.
+
+A slot holds one prompt and its n samples: the prompt's keys lie there once and its n rows read them. All rows take a
+step together, each at its own place in its own completion: row r writes its new key at the same index of its own
+cache as all others, which goes round (a completion has no more tokens than the cache has places), and positions tell
+which keys are a row's. So a slot is refilled at any time without moving or compiling anything.
+"""
 
 from __future__ import annotations
 
@@ -12,42 +18,113 @@ from jax.sharding import PartitionSpec as P
 from selfreward_jax.model import llama
 from selfreward_jax.model.attention import NOWHERE, Keys, spec_of
 from selfreward_jax.model.config import LlamaConfig
+from selfreward_jax.sampling import stopping
 from selfreward_jax.sampling.tokens import Sampling, choose, request_keys
 from selfreward_jax.sharding.rules import LAYOUTS
 
 
-class Sampled(NamedTuple):
-    """R completions of at most M tokens.
+class Rows(NamedTuple):
+    """What R rows have sampled, of at most M tokens each.
 
     Attributes:
-        tokens: `[R,M]` int32; what follows a stop token is 0.
+        requests: `[R]` int32, the identity of the completion, for its random key.
+        ends: `[R]` int32, position of the completion's first token.
+        token: `[R]` int32, the last token, which is not read yet.
+        state: `[R]` int32, of the stops (`stopping.Stops`) after that token.
+        lengths: `[R]` int32, tokens so far, the one that ends it included.
+        done: `[R]` bool, whether the row waits for another prompt.
+        stopped: `[R]` bool, whether a stop ended it (else the length limit did).
+        tokens: `[R,M]` int32; what follows the completion is 0.
         logps: `[R,M]` float32, log-probs at temperature 1, nats.
-        lengths: `[R]` int32, tokens of each completion, its stop token included.
-        stopped: `[R]` bool, whether a stop token ended it (else the length limit did).
-        steps: scalar int32, decode steps that ran.
+    """
+
+    requests: jax.Array
+    ends: jax.Array
+    token: jax.Array
+    state: jax.Array
+    lengths: jax.Array
+    done: jax.Array
+    stopped: jax.Array
+    tokens: jax.Array
+    logps: jax.Array
+
+
+class Slots(NamedTuple):
+    """G slots with n rows each, R = G n, sharded over the rows' mesh axes.
+
+    Attributes:
+        prompts: keys `[L,G,K,T,H]` (or L times `[G,K,T,H]`), right padded.
+        own: the rows' keys `[L,R,K,M,H]` (or L times `[R,K,M,H]`), a ring.
+        steps: scalar int32, decode steps so far; its rest by M is where the ring is written next.
+        busy: scalar int32, rows that were not done, summed over the steps.
         fallbacks: scalar int32, tokens that needed more than the first window.
     """
 
+    prompts: Keys
+    own: Keys
+    rows: Rows
+    steps: jax.Array
+    busy: jax.Array
+    fallbacks: jax.Array
+
+
+class Report(NamedTuple):
+    """What the host looks at after some steps; `Slots` themselves are given on to the next."""
+
+    done: jax.Array
+    stopped: jax.Array
+    lengths: jax.Array
     tokens: jax.Array
     logps: jax.Array
-    lengths: jax.Array
-    stopped: jax.Array
     steps: jax.Array
+    busy: jax.Array
     fallbacks: jax.Array
+
+
+@partial(jax.jit, static_argnames=("config", "compute", "apart", "slots", "samples", "time", "new"))
+def blank(
+    config: LlamaConfig, compute: llama.Compute, apart: bool, slots: int, samples: int, time: int, new: int
+) -> Slots:
+    """Slots without prompts: G = `slots`, n = `samples`, T = `time`, M = `new`; all rows are done.
+
+    Args:
+        apart: whether the layers of the parameters lie apart (`llama.apart`), and so those of the caches.
+    """
+    rules, rows = LAYOUTS[compute.layout][0], slots * samples
+    split = rules["rows"]
+
+    def cache(count: int, extent: int) -> Keys:
+        shape, spec = (count, config.kv_heads, extent, config.head_dim), (split, rules["kv_heads"], None, None)
+
+        def empty() -> Any:
+            if apart:
+                return tuple(jnp.zeros(shape, compute.dtype, out_sharding=P(*spec)) for _ in range(config.layers))
+            return jnp.zeros((config.layers, *shape), compute.dtype, out_sharding=P(None, *spec))
+
+        return Keys(empty(), empty(), jnp.full((count, extent), NOWHERE, jnp.int32, out_sharding=P(split, None)))
+
+    def each(dtype: str, *more: int) -> jax.Array:
+        return jnp.zeros((rows, *more), dtype, out_sharding=P(split, *(None for _ in more)))
+
+    state = Rows(
+        each("int32"), each("int32"), each("int32"), each("int32"), each("int32"), ~each("bool"), each("bool"), each("int32", new),
+        each("float32", new),
+    )  # fmt: skip
+    zero = jnp.zeros((), jnp.int32)
+    return Slots(cache(slots, time), cache(rows, new), state, zero, zero, zero)
 
 
 @partial(jax.jit, static_argnames=("config", "compute"))
 def prefix_keys(config: LlamaConfig, compute: llama.Compute, params: llama.Params, tokens: jax.Array) -> Keys:
-    """Keys `[L,1,S,K,H]` of a prefix `[1,S]` that all requests share; read once, never copied."""
+    """Keys `[L,1,K,S,H]` of a prefix `[1,S]` that all requests share; read once, never copied."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
     return llama.prefill(config, compute, params, tokens, positions)[1]
 
 
-@partial(jax.jit, static_argnames=("config", "compute", "decode_compute", "sampling", "vocabulary"))
-def sample(
+@partial(jax.jit, static_argnames=("config", "compute", "sampling", "vocabulary"))
+def read(
     config: LlamaConfig,
     compute: llama.Compute,
-    decode_compute: llama.Compute,
     sampling: Sampling,
     seed: int,
     phase: int,
@@ -57,98 +134,169 @@ def sample(
     lengths: jax.Array,
     requests: jax.Array,
     prefix: tuple[Keys, ...],
-    stop_ids: jax.Array,
-) -> Sampled:
-    """Samples n completions of each of P prompts: one prefill a prompt, shared by its n rows.
+    stops: jax.Array,
+) -> tuple[Keys, Rows, jax.Array]:
+    """Reads B prompts and samples the first token of each one's n completions: one prefill a prompt.
 
     Args:
         vocabulary: tokens from here on are padding rows of the head; they are never chosen.
-        prompts: `[P,T]` int32, right padded, without the shared prefix.
-        lengths: `[P]` int32; 0 marks a prompt that only fills the batch.
-        requests: `[P,n]` int32, the identity of each completion, for its random key.
+        prompts: `[B,T]` int32, right padded, without the shared prefix.
+        lengths: `[B]` int32; 0 marks a prompt that only fills the batch.
+        requests: `[B,n]` int32.
         prefix: () or one cache of a prefix that all prompts share.
-        stop_ids: `[E]` int32.
+        stops: `stopping.Stops.table`.
 
     Returns:
-        Completions of R = P x n rows, prompt by prompt.
+        The prompts' keys `[L,B,K,T,H]`; their B x n rows, prompt by prompt; and how many of their tokens needed more
+        than the first window.
     """
-    rules = LAYOUTS[compute.layout][0]
-    split = rules["rows"]
-    count, time = prompts.shape
-    samples = requests.shape[1]
-    rows = count * samples
+    split = LAYOUTS[compute.layout][0]["rows"]
+    (count, time), samples = prompts.shape, requests.shape[1]
     start = prefix[0].positions.shape[1] if prefix else 0
     place = jnp.arange(time, dtype=jnp.int32)[None]
     positions = jnp.where(place < jnp.maximum(lengths, 1)[:, None], start + place, NOWHERE)
-    hidden, prompt_keys = llama.prefill(config, compute, params, prompts, positions, prefix)
+    hidden, keys = llama.prefill(config, compute, params, prompts, positions, prefix)
     row = jax.lax.broadcasted_iota(jnp.int32, (count,), 0, out_sharding=spec_of(lengths))
     last = hidden.at[row, jnp.maximum(lengths, 1) - 1].get(out_sharding=P(*spec_of(lengths), None))
-    head = llama.head_weights(config, compute, params)
 
-    def spread(x: jax.Array) -> jax.Array:  # [P,...] -> [R,...]
+    def spread(x: jax.Array) -> jax.Array:  # [B,...] -> [R,...]
         wide = jnp.broadcast_to(
             x[:, None], (count, samples, *x.shape[1:]), out_sharding=P(split, None, *spec_of(x)[1:])
         )
-        return wide.reshape(rows, *x.shape[1:], out_sharding=P(split, *spec_of(x)[1:]))
+        return wide.reshape(count * samples, *x.shape[1:], out_sharding=P(split, *spec_of(x)[1:]))
 
-    def score(hidden: jax.Array) -> jax.Array:  # logits [.., V] gathered over `tensor`: choosing needs whole rows
-        whole = jax.sharding.reshard(llama.logits(head, hidden), P(*spec_of(hidden)[:1], None))
-        return (
-            whole
-            if vocabulary >= whole.shape[-1]
-            else jnp.where(jnp.arange(whole.shape[-1]) < vocabulary, whole, -jnp.inf)
-        )
+    logits = spread(_scores(config, compute, params, vocabulary, last))
+    blank_row = jnp.zeros((count * samples,), jnp.int32, out_sharding=P(split))
+    blank_table = jnp.zeros((count * samples, sampling.max_new_tokens), jnp.int32, out_sharding=P(split, None))
+    rows = Rows(
+        requests.reshape(-1, out_sharding=P(split)), spread(start + lengths), blank_row, blank_row, blank_row,
+        spread(lengths) == 0, blank_row > 0, blank_table, blank_table.astype(jnp.float32),
+    )  # fmt: skip
+    return keys, *_record(rows, logits, request_keys(seed, phase, rows.requests), sampling, stops)
 
-    keys = request_keys(seed, phase, requests.reshape(rows, out_sharding=P(split)))
-    caches = (*prefix, prompt_keys)
-    own_shape = (config.layers, rows, sampling.max_new_tokens, config.kv_heads, config.head_dim)
-    blank = jnp.zeros(own_shape, compute.dtype, out_sharding=P(None, split, None, rules["kv_heads"], None))
-    nowhere = jnp.full((rows, sampling.max_new_tokens), NOWHERE, jnp.int32, out_sharding=P(split, None))
-    ends = spread(start + lengths)
-    idle = spread(lengths) == 0
 
-    def record(state: dict[str, Any], at: jax.Array, logits: jax.Array) -> dict[str, Any]:
-        """Chooses the token at place `at` for rows that are not done, and notes it."""
-        live = ~state["done"]
-        # Rows that are done go on as certainties: their flat garbage would send the whole batch to the full sort.
-        certain = jnp.arange(logits.shape[-1]) == 0
-        logits = jnp.where(live[:, None] | certain, logits, -jnp.inf)
-        token, logp, fell_back = choose(logits, keys, at, sampling)
-        token = jnp.where(live, token, 0)
-        ended = live & jnp.any(token[:, None] == stop_ids[None], axis=-1)
-        return state | {
-            "token": token,
-            "tokens": jax.lax.dynamic_update_slice(state["tokens"], token[:, None], (jnp.zeros_like(at), at)),
-            "logps": jax.lax.dynamic_update_slice(
-                state["logps"], jnp.where(live, logp, 0.0)[:, None], (jnp.zeros_like(at), at)
-            ),
-            "lengths": state["lengths"] + live,
-            "stopped": state["stopped"] | ended,
-            "done": state["done"] | ended,
-            "fallbacks": state["fallbacks"] + jnp.sum(fell_back & live),
-        }
+@partial(jax.jit, donate_argnames=("slots",))
+def insert(slots: Slots, keys: Keys, rows: Rows, fallbacks: jax.Array, where: jax.Array) -> Slots:
+    """Puts prompts and their rows into slots.
 
-    table = jnp.zeros((rows, sampling.max_new_tokens), out_sharding=P(split, None))
-    flags = jnp.zeros((rows,), bool, out_sharding=P(split))
-    state: dict[str, Any] = {
-        "at": jnp.ones((), jnp.int32), "own": Keys(blank, blank, nowhere), "token": flags.astype(jnp.int32),
-        "tokens": table.astype(jnp.int32), "logps": table, "lengths": flags.astype(jnp.int32),
-        "stopped": flags, "done": idle, "fallbacks": jnp.zeros((), jnp.int32),
-    }  # fmt: skip
-    state = record(state, jnp.zeros((), jnp.int32), spread(score(last)))
+    Args:
+        keys, rows, fallbacks: from `read`; their T is at most the slots'.
+        where: `[B]` int32, sharded like the prompts: the slot of each, counted within its shard of the slots; -1 for
+            a prompt that only fills the batch.
+    """
 
-    def go_on(state: dict[str, Any]) -> jax.Array:
-        return (state["at"] < sampling.max_new_tokens) & ~jnp.all(state["done"])
+    def shard(slots: Slots, keys: Keys, rows: Rows, where: jax.Array) -> tuple[Keys, jax.Array, Rows]:
+        count, extent = slots.prompts.positions.shape
+        samples = rows.token.shape[0] // where.shape[0]
 
-    def step(state: dict[str, Any]) -> dict[str, Any]:
-        at = state["at"]
+        def move(cache: jax.Array, new: jax.Array) -> jax.Array:  # [..,G,K,T,H] and [..,B,K,T',H]
+            axis = new.ndim - 4
+            for index in range(where.shape[0]):  # updates in place: a scatter of whole prompts would copy the cache
+                one = jax.lax.slice_in_dim(new, index, index + 1, axis=axis)
+                at: list[Any] = [0] * new.ndim
+                at[axis] = jnp.maximum(where[index], 0)
+                there = jax.lax.dynamic_slice(cache, at, one.shape)
+                cache = jax.lax.dynamic_update_slice(cache, jnp.where(where[index] >= 0, one, there), at)
+            return cache
+
+        k, v = jax.tree.map(move, (slots.prompts.k, slots.prompts.v), (keys.k, keys.v))
+        there = jnp.where(where >= 0, where, count)  # beyond the last: dropped
+        padded = jnp.pad(keys.positions, ((0, 0), (0, extent - keys.positions.shape[1])), constant_values=NOWHERE)
+        positions = slots.prompts.positions.at[there].set(padded, mode="drop")
+
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            old, new = (x.reshape(-1, samples, *x.shape[1:]) for x in (old, new))
+            return old.at[there].set(new, mode="drop").reshape(-1, *old.shape[2:])
+
+        nowhere = jnp.full_like(slots.own.positions[:1], NOWHERE)
+        forgotten = put(slots.own.positions, jnp.broadcast_to(nowhere, (len(rows.token), nowhere.shape[1])))
+        return Keys(k, v, positions), forgotten, Rows(*map(put, slots.rows, rows))
+
+    specs = jax.tree.map(spec_of, (slots.prompts, slots.own.positions, slots.rows))
+    prompts, own, held = jax.shard_map(shard, out_specs=specs, check_vma=False)(slots, keys, rows, where)
+    return slots._replace(
+        prompts=prompts, own=slots.own._replace(positions=own), rows=held, fallbacks=slots.fallbacks + fallbacks
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "compute", "sampling", "vocabulary"), donate_argnames=("slots",))
+def advance(
+    config: LlamaConfig,
+    compute: llama.Compute,
+    sampling: Sampling,
+    seed: int,
+    phase: int,
+    vocabulary: int,
+    params: llama.Params,
+    slots: Slots,
+    prefix: tuple[Keys, ...],
+    stops: jax.Array,
+    limit: jax.Array,
+    enough: jax.Array,
+) -> tuple[Slots, Report]:
+    """Decodes all rows, `limit` steps or until `enough` slots have no row that goes on.
+
+    Args:
+        prefix: () or one cache of a prefix that all prompts share.
+        stops: `stopping.Stops.table`.
+        limit, enough: scalars int32.
+    """
+    keys = request_keys(seed, phase, slots.rows.requests)
+    last = slots.steps + limit
+    count = slots.prompts.positions.shape[0]
+    split = spec_of(slots.rows.done)[0]
+
+    def go_on(slots: Slots) -> jax.Array:
+        free = jnp.all(slots.rows.done.reshape(count, -1, out_sharding=P(split, None)), axis=1)
+        return (slots.steps < last) & (jnp.sum(free) < enough)
+
+    def step(slots: Slots) -> Slots:
+        rows = slots.rows
         hidden, own = llama.decode_step(
-            config, decode_compute, params, state["token"], ends + at - 1, caches, state["own"], at - 1
+            config, compute, params, rows.token, rows.ends + rows.lengths - 1, (*prefix, slots.prompts), slots.own,
+            slots.steps % slots.own.positions.shape[1],
+        )  # fmt: skip
+        after, fallbacks = _record(rows, _scores(config, compute, params, vocabulary, hidden), keys, sampling, stops)
+        return Slots(
+            slots.prompts, own, after, slots.steps + 1, slots.busy + jnp.sum(~rows.done), slots.fallbacks + fallbacks
         )
-        return record(state | {"own": own}, at, score(hidden)) | {"at": at + 1}
 
     with jax.named_scope("decode"):
-        state = jax.lax.while_loop(go_on, step, state)
-    return Sampled(
-        state["tokens"], state["logps"], state["lengths"], state["stopped"], state["at"], state["fallbacks"]
+        slots = jax.lax.while_loop(go_on, step, slots)
+    rows = slots.rows
+    return slots, Report(
+        rows.done, rows.stopped, rows.lengths, rows.tokens, rows.logps, slots.steps, slots.busy, slots.fallbacks
     )
+
+
+def _scores(
+    config: LlamaConfig, compute: llama.Compute, params: llama.Params, vocabulary: int, hidden: jax.Array
+) -> jax.Array:
+    """Logits `[R,V]` of hidden states `[R,D]`, gathered over the vocabulary's axes: choosing needs whole rows."""
+    logits = llama.logits(config, llama.head_weights(config, compute, params), hidden)
+    whole = jax.sharding.reshard(logits, P(*spec_of(hidden)[:1], None))
+    return (
+        whole
+        if vocabulary >= whole.shape[-1]
+        else jnp.where(jnp.arange(whole.shape[-1]) < vocabulary, whole, -jnp.inf)
+    )
+
+
+def _record(
+    rows: Rows, logits: jax.Array, keys: jax.Array, sampling: Sampling, stops: jax.Array
+) -> tuple[Rows, jax.Array]:
+    """Chooses the next token of each row that is not done and notes it; and counts those that needed a wider window."""
+    live = ~rows.done
+    # Rows that are done go on as certainties: their flat garbage would send the whole batch to the full sort.
+    certain = jnp.arange(logits.shape[-1]) == 0
+    logits = jnp.where(live[:, None] | certain, logits, -jnp.inf)
+    token, logp, fell_back = choose(logits, keys, rows.lengths, sampling)
+    here = live[:, None] & (jnp.arange(rows.tokens.shape[1]) == rows.lengths[:, None])
+    lengths = rows.lengths + live
+    state = jnp.where(live, stopping.advance(stops, rows.state, token), rows.state)
+    ended = live & stopping.ended(stops, state)
+    return Rows(
+        rows.requests, rows.ends, jnp.where(live, token, rows.token), state, lengths,
+        rows.done | ended | (lengths >= sampling.max_new_tokens), rows.stopped | ended,
+        jnp.where(here, token[:, None], rows.tokens), jnp.where(here, logp[:, None], rows.logps),
+    ), jnp.sum(fell_back & live)  # fmt: skip

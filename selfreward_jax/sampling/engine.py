@@ -1,22 +1,35 @@
-"""The host side of sampling: requests in, completions out, a part at a time."""
+"""The host side of sampling: a queue of requests in, completions out, a part at a time.
+
+The requests of a part wait in a queue, longest prompt first, so that prompts that are read together are alike. A slot
+that has finished its samples gets the next one. The device runs ahead: while the host looks at what one dispatch of
+steps has done, the next is already there, and it ends by itself where enough slots are free to be filled. A part is
+drained before the next begins: its results depend on nothing but its own requests, and a killed run loses one.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 
 from selfreward_jax.data.chat import common_prefix
+from selfreward_jax.errors import UserError
 from selfreward_jax.model import llama
 from selfreward_jax.model.attention import Keys
 from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.sampling import decode
+from selfreward_jax.sampling.stopping import Stops, stop_table
 from selfreward_jax.sampling.tokens import Sampling
 from selfreward_jax.sharding.place import fetch, place, rows_multiple
 from selfreward_jax.sharding.rules import LAYOUTS, Rules
+
+STEPS = 32  # of a dispatch, at most
+READ = 8  # prompts that are read together
+AHEAD = 1  # dispatches that are under way while the host looks at the one before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +39,10 @@ class Engine:
     Attributes:
         compute, decode_compute: how prompts are read, and how single tokens are; both in the layout of `params`.
         params: parameters on the mesh.
-        stop_ids: a completion ends after one of these.
+        stop_ids: a completion ends after one of these, where nothing else is asked for (`stopping.Stops`).
         vocabulary: ids from here on are padding rows of the head and are never sampled.
         rows: completions that are decoded together.
+        part: completions of a part.
         pad: prompt lengths are padded to multiples of this.
     """
 
@@ -40,6 +54,7 @@ class Engine:
     stop_ids: tuple[int, ...]
     vocabulary: int
     rows: int
+    part: int
     pad: int
 
     @property
@@ -63,19 +78,56 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """A sampled continuation; `finish_reason` is "stop" (a stop token, which is its last id) or "length"."""
+    """A sampled continuation; `finish_reason` is "stop" (its last id has ended it) or "length"."""
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What sampling has cost.
+
+    Attributes:
+        tokens: sampled.
+        fallbacks: of them, those that needed more than the first window.
+        steps: of decoding.
+        places: rows times steps; those that decoded no token were lost, to samples of a prompt that ended before the
+            others and to draining.
+        lost: of them.
+        shapes: programs that were used.
+    """
+
+    tokens: int = 0
+    fallbacks: int = 0
+    steps: int = 0
+    places: int = 0
+    lost: int = 0
+    shapes: frozenset[tuple[int, ...]] = frozenset()
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.tokens + other.tokens, self.fallbacks + other.fallbacks, self.steps + other.steps,
+            self.places + other.places, self.lost + other.lost, self.shapes | other.shapes,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens} tokens, {self.lost / max(self.places, 1):.0%} of slots lost, wider window for"
+            f" {self.fallbacks}, {len(self.shapes)} shapes"
+        )
+
+
+Advance = Callable[[int, Counts], None]
+
+
 def per_part(engine: Engine, requests: Sequence[Request]) -> int:
-    """Requests that are sampled together, no more than there are.
+    """Requests of a part, no more than there are.
 
     The mesh has no say: parts are the unit of resume, and a run may go on with another number of devices.
     """
-    return min(max(1, engine.rows // len(requests[0].keys)), len(requests))
+    return min(max(1, engine.part // len(requests[0].keys)), len(requests))
 
 
 def padded(engine: Engine, count: int) -> int:
@@ -84,34 +136,85 @@ def padded(engine: Engine, count: int) -> int:
     return -(-count // multiple) * multiple
 
 
+def extent(length: int, pad: int) -> int:
+    """The padded length: `pad` times 1, 2, 3, 4, 6, 8, 12, 16, …: few shapes, and at most a third of one is padding."""
+    size = 1
+    while size * pad < length:
+        size = size + 1 if size < 3 else size * 4 // 3 if size % 3 == 0 else size * 3 // 2
+    return size * pad
+
+
 def run(
-    engine: Engine, sampling: Sampling, requests: Sequence[Request], seed: int, phase: str, skip: Sequence[bool] = ()
-) -> Iterator[tuple[int, list[list[Completion]], dict[str, int]]]:
+    engine: Engine,
+    sampling: Sampling,
+    requests: Sequence[Request],
+    seed: int,
+    phase: str,
+    skip: Sequence[bool] = (),
+    advance: Advance = lambda *_: None,
+    stops: Stops | None = None,
+) -> Iterator[tuple[int, list[list[Completion]], Counts]]:
     """Samples all requests, `per_part` at a time; what all of them begin with is read once.
 
     Args:
         requests: each with the same number of keys.
         phase: names the work, e.g. "m2/responses"; part of every random key.
         skip: parts that are not needed (an earlier process wrote them).
+        stops: what ends a completion, if not only the engine's stop ids.
+        advance: told how many completions have ended since it was last told, and what their part has cost so far.
 
     Yields:
-        (part, completions of each of its requests, {"tokens", "steps", "fallbacks"}).
+        (part, completions of each of its requests, what it cost).
+
+    Raises:
+        UserError: for empty prompts and those that leave no room for a completion in the model's context.
     """
     if not requests:
         return
-    width = per_part(engine, requests)
+    _check(engine, sampling, requests)
+    width, samples = per_part(engine, requests), len(requests[0].keys)
     shared = _shared_prefix(requests)
-    longest = max(len(request.ids) for request in requests) - len(shared)
-    time = -(-longest // engine.pad) * engine.pad
     prefix: tuple[Keys, ...] | None = None
     for part in range(-(-len(requests) // width)):
         if part < len(skip) and skip[part]:
             continue
         if prefix is None:
             prefix = _read_shared(engine, shared)
-        chosen = requests[part * width : (part + 1) * width]
-        sampled = _sample(engine, sampling, chosen, len(shared), padded(engine, width), time, prefix, seed, phase)
-        yield part, *_collect(sampled, len(chosen), len(requests[0].keys))
+        count = padded(engine, min(max(1, engine.rows // samples), width))
+        table = stops.table if stops else stop_table(engine.stop_ids, engine.vocabulary)
+        work = _Work(
+            engine,
+            sampling,
+            np.uint32(seed),
+            np.uint32(zlib.crc32(phase.encode())),
+            len(shared),
+            prefix,
+            table,
+            count,
+        )
+        yield part, *_drain(work, requests[part * width : (part + 1) * width], advance)
+
+
+def _check(engine: Engine, sampling: Sampling, requests: Sequence[Request]) -> None:
+    empty = sum(not request.ids for request in requests)
+    room = engine.config.context - sampling.max_new_tokens
+    long = sum(len(request.ids) > room for request in requests)
+    problems = []
+    if empty:
+        problems.append(f"{empty} of {len(requests)} prompts have no token; leave them out")
+    if long:
+        problems.append(
+            f"{long} of {len(requests)} prompts have more than {room} tokens, and the model's context is"
+            f" {engine.config.context} with {sampling.max_new_tokens} for the completion; leave them out or allow fewer"
+        )
+    if problems:
+        raise UserError(*problems)
+
+
+def _shared_prefix(requests: Sequence[Request]) -> tuple[int, ...]:
+    """The longest common start of all prompts, one token short of the shortest: each needs one of its own."""
+    limit = min(len(request.ids) for request in requests) - 1
+    return tuple(common_prefix([request.ids for request in requests])[:limit])
 
 
 def _read_shared(engine: Engine, shared: tuple[int, ...]) -> tuple[Keys, ...]:
@@ -122,46 +225,115 @@ def _read_shared(engine: Engine, shared: tuple[int, ...]) -> tuple[Keys, ...]:
         return (decode.prefix_keys(engine.config, engine.compute, engine.params, here),)
 
 
-def _sample(
-    engine: Engine, sampling: Sampling, requests: Sequence[Request], start: int, rows: int, time: int,
-    prefix: tuple[Keys, ...], seed: int, phase: str,
-) -> decode.Sampled:  # fmt: skip
-    """One batch: `rows` prompts of `time` tokens after the first `start`, which are the shared prefix."""
-    prompts = np.zeros((rows, time), np.int32)
-    lengths = np.zeros(rows, np.int32)
-    keys = np.zeros((rows, len(requests[0].keys)), np.int32)
-    for index, request in enumerate(requests):
-        own = request.ids[start:]
-        prompts[index, : len(own)] = own
-        lengths[index] = len(own)
-        keys[index] = request.keys
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What the dispatches of a part have in common.
+
+    Attributes:
+        start: tokens of each prompt that are in `prefix`.
+        stops: `Stops.table`.
+        slots: G.
+    """
+
+    engine: Engine
+    sampling: Sampling
+    seed: np.uint32
+    phase: np.uint32
+    start: int
+    prefix: tuple[Keys, ...]
+    stops: np.ndarray
+    slots: int
+
+
+def _drain(work: _Work, requests: Sequence[Request], advance: Advance) -> tuple[list[list[Completion]], Counts]:
+    """All completions of a part's requests."""
+    engine, samples = work.engine, len(requests[0].keys)
+    time = extent(max(len(request.ids) for request in requests) - work.start, engine.pad)
+    shards = rows_multiple(engine.mesh, engine.rules)
+    waiting = deque(sorted(range(len(requests)), key=lambda index: -len(requests[index].ids)))
+    free = [deque(range(start, start + work.slots // shards)) for start in range(0, work.slots, work.slots // shards)]
+    held: dict[int, tuple[int, int]] = {}  # slot to its request, and the dispatch that is the first to decode it
+    reports: deque[tuple[int, decode.Report]] = deque()
+    out: list[list[Completion]] = [[] for _ in requests]
+    shapes: set[tuple[int, ...]] = {(work.slots, samples, time)}
+    dispatch = 0
+    batch = padded(engine, min(READ, work.slots))
     with jax.set_mesh(engine.mesh):
-        batch = (place(array, engine.mesh, engine.rules) for array in (prompts, lengths, keys))
-        sampled = decode.sample(
-            engine.config, engine.compute, engine.decode_compute, sampling, np.uint32(seed),
-            np.uint32(zlib.crc32(phase.encode())), engine.vocabulary, engine.params, *batch, prefix,
-            np.asarray(engine.stop_ids, np.int32),
+        slots = decode.blank(
+            engine.config, engine.compute, isinstance(engine.params["layers"], tuple), work.slots, samples, time,
+            work.sampling.max_new_tokens,
         )  # fmt: skip
-        return fetch(sampled, engine.mesh)
+        while True:
+            while waiting and sum(map(len, free)) >= min(batch, len(waiting)):
+                chosen = _choose(waiting, free, batch // shards)
+                held |= {slot: (request, dispatch) for slot, request in chosen.items()}
+                slots, shape = _fill(work, slots, [(slot, requests[index]) for slot, index in chosen.items()], batch)
+                shapes.add(shape)
+            enough = min(batch, len(waiting)) or work.slots
+            slots, report = decode.advance(
+                engine.config, engine.decode_compute, work.sampling, work.seed, work.phase, engine.vocabulary,
+                engine.params, slots, work.prefix, work.stops, np.int32(STEPS), np.int32(enough),
+            )  # fmt: skip
+            reports.append((dispatch, report))
+            dispatch += 1
+            if len(reports) <= AHEAD:
+                continue
+            number, report = reports.popleft()
+            seen = fetch(report, engine.mesh)
+            done = seen.done.reshape(work.slots, samples).all(axis=1)
+            ended = [slot for slot, (_, first) in held.items() if done[slot] and first <= number]
+            for slot in ended:
+                out[held.pop(slot)[0]] = [_completion(seen, slot * samples + row) for row in range(samples)]
+                free[slot // (work.slots // shards)].append(slot)
+            steps, places = int(seen.steps), int(seen.steps) * work.slots * samples
+            tokens = sum(len(one.ids) for some in out for one in some)
+            lost = places - int(seen.busy)
+            counts = Counts(tokens, int(seen.fallbacks), steps, places, lost, frozenset(shapes))
+            if ended:
+                advance(len(ended) * samples, counts)
+            if not waiting and not held:
+                return out, counts
 
 
-def _shared_prefix(requests: Sequence[Request]) -> tuple[int, ...]:
-    """The longest common start of all prompts, one token short of the shortest: each needs one of its own."""
-    limit = min(len(request.ids) for request in requests) - 1
-    return tuple(common_prefix([request.ids for request in requests])[:limit])
+def _choose(waiting: deque[int], free: Sequence[deque[int]], each: int) -> dict[int, int]:
+    """Free slots, at most `each` of a shard, to the requests that are next."""
+    chosen = {}
+    for shard in free:
+        for _ in range(min(each, len(shard), len(waiting))):
+            chosen[shard.popleft()] = waiting.popleft()
+    return chosen
 
 
-def _collect(sampled: decode.Sampled, requests: int, samples: int) -> tuple[list[list[Completion]], dict[str, int]]:
-    out = []
-    for request in range(requests):
-        rows = range(request * samples, (request + 1) * samples)
-        out.append([
-            Completion(
-                tuple(int(i) for i in sampled.tokens[row, : sampled.lengths[row]]),
-                tuple(round(float(p), 6) for p in sampled.logps[row, : sampled.lengths[row]]),
-                "stop" if sampled.stopped[row] else "length",
-            )
-            for row in rows
-        ])  # fmt: skip
-    counts = {"tokens": int(sampled.lengths.sum()), "steps": int(sampled.steps), "fallbacks": int(sampled.fallbacks)}
-    return out, counts
+def _fill(
+    work: _Work, slots: decode.Slots, chosen: Sequence[tuple[int, Request]], batch: int
+) -> tuple[decode.Slots, tuple[int, ...]]:
+    """Reads the chosen requests' prompts into their slots; and the shape that this took."""
+    engine = work.engine
+    shards = rows_multiple(engine.mesh, engine.rules)
+    time = extent(max(len(request.ids) for _, request in chosen) - work.start, engine.pad)
+    prompts = np.zeros((batch, time), np.int32)
+    lengths = np.zeros(batch, np.int32)
+    keys = np.zeros((batch, len(chosen[0][1].keys)), np.int32)
+    where = np.full(batch, -1, np.int32)
+    taken = [0] * shards
+    for slot, request in chosen:
+        shard, place_there = divmod(slot, work.slots // shards)
+        row = shard * (batch // shards) + taken[shard]
+        taken[shard] += 1
+        own = request.ids[work.start :]
+        prompts[row, : len(own)], lengths[row], keys[row], where[row] = own, len(own), request.keys, place_there
+    batches = [place(array, engine.mesh, engine.rules) for array in (prompts, lengths, keys, where)]
+    read = decode.read(
+        engine.config, engine.compute, work.sampling, work.seed, work.phase, engine.vocabulary, engine.params,
+        *batches[:3], work.prefix, work.stops,
+    )  # fmt: skip
+    return decode.insert(slots, *read, batches[3]), (batch, *keys.shape[1:], time, 1)
+
+
+def _completion(seen: decode.Report, row: int) -> Completion:
+    length = int(seen.lengths[row])
+    return Completion(
+        tuple(int(i) for i in seen.tokens[row, :length]),
+        tuple(round(float(p), 6) for p in seen.logps[row, :length]),
+        "stop" if seen.stopped[row] else "length",
+    )

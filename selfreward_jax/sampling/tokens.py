@@ -47,7 +47,7 @@ def choose(
     Args:
         logits: `[R,V]` float32.
         keys: `[R]` keys of the requests.
-        position: scalar int32, the token's place in its completion.
+        position: `[R]` int32, the token's place in its completion.
 
     Returns:
         tokens `[R]` int32; their log-probs `[R]` float32 under the model at temperature 1; and `[R]` bool, whether
@@ -66,7 +66,7 @@ def _choose_local(
     if sampling.temperature == 0.0:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return token, jnp.max(logits, axis=-1) - total, never
-    uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, position)))(keys)
+    uniform = jax.vmap(lambda key, at: jax.random.uniform(jax.random.fold_in(key, at)))(keys, position)
     scaled = logits / sampling.temperature
     scaled_total = jax.nn.logsumexp(scaled, axis=-1, keepdims=True)
 

@@ -84,7 +84,7 @@ def _judge(run: Run, model: str, name: str, items: list[tuple[str, int, str, str
 
     files = sample_parts(
         run, engine(run, model), how, requests, f"{model}/judge-{name}", run.root / model / "check" / name,
-        "judgments", record,
+        "judgments", record, judge.stops(run.chat, config.judge),
     )  # fmt: skip
     out: list[list[Judgment]] = [[] for _ in items]
     where = {items[place][:2]: place for place in kept}

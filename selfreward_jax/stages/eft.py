@@ -79,7 +79,7 @@ def build(run: Run) -> dict[str, Any]:
 
     files = sample_parts(
         run, engine(run, "sft"), how, requests, "m1/eft", run.root / "m1" / "eft_judgments",
-        "judgments", record,
+        "judgments", record, judge.stops(run.chat, config.judge),
     )  # fmt: skip
     by_reply: dict[tuple[str, int], list[Judgment]] = {}
     judged: Counter[str] = Counter()

@@ -27,7 +27,7 @@ from selfreward_jax.judging.templates import Template, render
 from selfreward_jax.loaded import judge_model
 from selfreward_jax.observe.progress import progress, say
 from selfreward_jax.run import Run, fits, judge_template, read_ours, read_parts, sample_parts, sampling, write_records
-from selfreward_jax.sampling.engine import Completion, Engine, Request, padded, per_part
+from selfreward_jax.sampling.engine import Completion, Engine, Request, padded
 
 ENDPOINT_PART = 16  # responses that are judged between two writes: what a kill or a lost connection can cost
 
@@ -104,14 +104,16 @@ def _sampled(
             for judgment in judge.judgments(chat, template, item.prompt_id, item.index, some)
         ]
 
-    rows = padded(model, per_part(model, requests))  # the pass holds as many rows as the prefill, not k times as many
+    rows = padded(model, max(1, model.rows // config.k))  # as many prompts as the slots hold
 
     def weighted(first: int, completions: list[list[Completion]]) -> list[Judgment]:
         judged = [(requests[first + i // config.k].ids, one) for i, one in enumerate(stated(first, completions))]
         return expected.with_expected(model, chat, template, judged, rows)
 
     to_records: Callable[..., list[Judgment]] = weighted if config.score == "expected" else stated
-    files = sample_parts(run, model, sampling(run, config), requests, stage, folder, "judgments", to_records)
+    files = sample_parts(
+        run, model, sampling(run, config), requests, stage, folder, "judgments", to_records, judge.stops(chat, config)
+    )
     return files, {"drops": {"longer than the context": len(responses) - len(items)}}
 
 

@@ -63,7 +63,7 @@ def target_logprobs(
     @jax.checkpoint
     def piece(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         some_hidden, some_targets = inputs
-        logits = llama.logits(head, some_hidden)  # [B,width,V]
+        logits = llama.logits(config, head, some_hidden)  # [B,width,V]
         # A masked sum, not a gather: V may be sharded over `tensor`.
         vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2, out_sharding=spec_of(logits))
         target = jnp.sum(jnp.where(vocabulary == some_targets[..., None], logits, 0.0), axis=-1)

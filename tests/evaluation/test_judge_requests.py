@@ -1,9 +1,11 @@
 """Judge requests and judgments: nothing in a response can score itself or leave its place."""
 
+import dataclasses
 from fractions import Fraction
 
 import pytest
 
+from selfreward_jax.config import JudgeConfig
 from selfreward_jax.data.chat import common_prefix, decode, encode_text, load_chat
 from selfreward_jax.evaluation import judge
 from selfreward_jax.judging import templates
@@ -125,3 +127,37 @@ def test_the_range_is_the_templates(chat, tmp_path):
     ten = templates.load(str(path), 1, 10)
     (found,) = judge.judgments(chat, ten, "p", 0, [completion(chat, "Score: 9")])
     assert judge.score_of(found) == 9
+
+
+def last_states(stops, ids):
+    states = [0]
+    for number in ids:
+        states.append(int(stops.table[states[-1], number]))
+    return [state == len(stops.table) - 1 for state in states]
+
+
+def test_a_judgment_ends_with_the_line_of_its_score_unless_the_config_says_otherwise(chat):
+    ids = encode_text(chat, "Clear and right.\n\nScore: 4\nIt could be shorter.")
+    cut = len(encode_text(chat, "Clear and right.\n\nScore: 4\n"))
+    early = last_states(judge.stops(chat, JudgeConfig()), ids)
+    assert early.index(True) == cut
+    assert all(early[cut:])
+    late = judge.stops(chat, JudgeConfig(stop="end_of_turn"))
+    assert not any(last_states(late, ids))
+    assert last_states(late, [*ids, chat.end_of_turn])[-1]
+
+
+def test_a_tokenizer_whose_bytes_are_not_known_writes_to_the_end_of_the_turn(chat):
+    unknown = dataclasses.replace(chat, _decoder=None)
+    assert unknown.token_bytes is None
+    assert len(judge.stops(unknown, JudgeConfig()).table) == 2
+
+
+def test_a_judgment_that_its_line_feed_ended_is_recorded_without_it(chat):
+    ids = tuple(encode_text(chat, "Clear.\nScore: 4\n\n"))
+    cut = Completion(ids, (0.0,) * len(ids), "stop")
+    ended, limited = completion(chat, "Clear.\nScore: 4\n\n"), completion(chat, "Clear.\nScore: 4\n\n", "length")
+    found = judge.judgments(chat, TEMPLATE, "p", 0, [cut, ended, limited])
+    assert [vote.text for vote in found] == ["Clear.\nScore: 4", "Clear.\nScore: 4\n\n", "Clear.\nScore: 4\n\n"]
+    assert [vote.score for vote in found] == ["4", "4", "4"]
+    assert found[0].token_ids == ids  # whole, as they were sampled

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from selfreward_jax.model.attention import NOWHERE, Keys, attend, spec_of
+from selfreward_jax.model.attention import NOWHERE, Keys, attend, keys_of, spec_of
 from selfreward_jax.sharding.rules import BATCH
 
 attention = jax.jit(attend, static_argnums=(3, 4))
@@ -25,10 +25,10 @@ def problem(groups, rows=ROWS, time=TIME, seed=0, size=1.0):
     for number, count in enumerate(groups):
         positions = (4 * number + np.arange(4, dtype=np.int32))[None].repeat(count, 0)
         positions[::2, 3] = NOWHERE
-        blocks.append(Keys(draw(count, 4, KV_HEADS, WIDTH), draw(count, 4, KV_HEADS, WIDTH), positions))
+        blocks.append(keys_of(draw(count, 4, KV_HEADS, WIDTH), draw(count, 4, KV_HEADS, WIDTH), positions))
     own = (4 * len(groups) + np.arange(time, dtype=np.int32))[None].repeat(rows, 0)
     own[1::2, -2:] = NOWHERE
-    blocks.append(Keys(draw(rows, time, KV_HEADS, WIDTH), draw(rows, time, KV_HEADS, WIDTH), own))
+    blocks.append(keys_of(draw(rows, time, KV_HEADS, WIDTH), draw(rows, time, KV_HEADS, WIDTH), own))
     return q, own, tuple(blocks)
 
 
@@ -44,9 +44,9 @@ def reference(q, at, blocks, window):
             for slot, position in enumerate(block.positions[group]):
                 back = at[row, time] - position
                 if back >= 0 and (not window or back < window):
-                    key = block.k[group, slot, head // (HEADS // KV_HEADS)].astype(np.float64)
+                    key = block.k[group, head // (HEADS // KV_HEADS), slot].astype(np.float64)
                     scores.append(key @ q[row, time, head].astype(np.float64) / np.sqrt(WIDTH))
-                    values.append(block.v[group, slot, head // (HEADS // KV_HEADS)])
+                    values.append(block.v[group, head // (HEADS // KV_HEADS), slot])
         weights = np.exp(np.array(scores) - max(scores))
         out[row, time, head] = weights @ np.array(values, np.float64) / weights.sum()
     return out
@@ -79,7 +79,7 @@ def test_one_token_a_row_reads_unwritten_slots_nowhere(mesh):
     q, at, blocks = problem((1, 4))
     at = np.full((ROWS, 1), 10, np.int32)
     own = blocks[-1]._replace(positions=np.where(np.arange(TIME) < 3, blocks[-1].positions, NOWHERE))
-    blocks = (*blocks[:-1], own._replace(k=np.where(np.arange(TIME)[:, None, None] < 3, own.k, np.float32(1e4))))
+    blocks = (*blocks[:-1], own._replace(k=np.where(np.arange(TIME)[:, None] < 3, own.k, np.float32(1e4))))
     for form in FORMS:
         got = attention(q[:, :1], at, blocks, 0, form)
         np.testing.assert_allclose(got, reference(q[:, :1], at, blocks, 0), rtol=1e-5, atol=1e-6)
@@ -107,7 +107,7 @@ def test_a_sharded_mesh_gives_the_same(form, mesh):
     placed = []
     for block in blocks:
         rows = BATCH if len(block.k) > 1 else None
-        kv = [put(x, rows, None, "tensor", None) for x in (block.k, block.v)]
+        kv = [put(x, rows, "tensor", None, None) for x in (block.k, block.v)]
         placed.append(Keys(*kv, put(block.positions, rows, None)))
     out = attention(put(q, BATCH, None, "tensor", None), put(at, BATCH, None), tuple(placed), 3, form)
     assert spec_of(out) == P(BATCH, None, "tensor", None)
@@ -131,6 +131,6 @@ def test_sums_over_keys_are_float32(form, mesh):
     """300 equal scores: a bfloat16 sum of ones would stop at 256."""
     q = jnp.zeros((1, 300, 1, 2), jnp.bfloat16)
     positions = jnp.arange(300, dtype=jnp.int32)[None]
-    out = attention(q, positions, (Keys(q, jnp.ones_like(q), positions),), 0, form)
+    out = attention(q, positions, (keys_of(q, jnp.ones_like(q), positions),), 0, form)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(out.astype(jnp.float32), 1.0)

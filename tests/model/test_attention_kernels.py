@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from selfreward_jax.model import llama
-from selfreward_jax.model.attention import NOWHERE, Keys, attend
+from selfreward_jax.model.attention import NOWHERE, Keys, attend, keys_of
 from selfreward_jax.model.kernels import KERNELS, choose, refusal
 
 FORMS = ("plain", "mapped", "cudnn-xla", "splash-interpreted")
@@ -58,7 +58,7 @@ def run(form, window, q, k, v, positions, mix):
     """What `reference` gives, and the output at padding in place."""
 
     def loss(q, k, v):
-        out = attend(q, positions, (Keys(k, v, positions),), window, form)
+        out = attend(q, positions, (keys_of(k, v, positions),), window, form)
         return jnp.sum(out * mix), out
 
     (_, out), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
@@ -136,13 +136,13 @@ def test_only_self_attention_takes_a_kernel(monkeypatch, mesh):
         raise AssertionError("the kernel was called")
 
     q, k, v, positions, _ = draw((8, 5), 8, 4, 2, 6)
-    own = Keys(k, v, positions)
-    shared = Keys(k[:1], v[:1], positions[:1])
+    own = keys_of(k, v, positions)
+    shared = keys_of(k[:1], v[:1], positions[:1])
     later = np.where(positions < NOWHERE, positions + 8, NOWHERE)
     cases = {
         "one token": (q[:, :1], positions[:, :1], (own,)),
-        "one row and one token": (q[:1, :1], positions[:1, :1], (Keys(k[:1, :1], v[:1, :1], positions[:1, :1]),)),
-        "a shared prefix": (q, later, (shared, Keys(k, v, later))),
+        "one row and one token": (q[:1, :1], positions[:1, :1], (keys_of(k[:1, :1], v[:1, :1], positions[:1, :1]),)),
+        "a shared prefix": (q, later, (shared, keys_of(k, v, later))),
         "all keys shared": (q, later, (shared,)),
     }
     monkeypatch.setitem(KERNELS, "splash", never)
@@ -157,7 +157,7 @@ def test_only_self_attention_takes_a_kernel(monkeypatch, mesh):
 def test_a_form_that_does_not_exist_is_refused(mesh):
     q, k, v, positions, _ = draw((8,), 8, 4, 2, 6)
     with pytest.raises(ValueError, match=r"attention form flash: plain, mapped, cudnn, splash"):
-        attend(q, positions, (Keys(k, v, positions),), 0, "flash")
+        attend(q, positions, (keys_of(k, v, positions),), 0, "flash")
 
 
 @pytest.mark.parametrize("form", FORMS[2:])
@@ -223,11 +223,11 @@ def test_decoding_with_query_heads_split_further(name, mesh_of):
     for groups, start in ((1, 0), (4, 5), (8, 9)):
         positions = (start + np.arange(4, dtype=np.int32))[None].repeat(groups, 0)
         positions[1::2, 3] = NOWHERE
-        unsharded.append(Keys(normal(groups, 4, kv_heads, 6), normal(groups, 4, kv_heads, 6), positions))
+        unsharded.append(keys_of(normal(groups, 4, kv_heads, 6), normal(groups, 4, kv_heads, 6), positions))
     placed = []
     for block in unsharded:
         rows = "data" if len(block.k) > 1 else None
-        kv = [place(mesh, x, rows, None, "tensor", None) for x in (block.k, block.v)]
+        kv = [place(mesh, x, rows, "tensor", None, None) for x in (block.k, block.v)]
         placed.append(Keys(*kv, place(mesh, block.positions, rows, None)))
     attention = jax.jit(attend, static_argnums=(3, 4))
     with jax.set_mesh(one):
@@ -252,7 +252,7 @@ def test_a_split_that_no_device_can_serve_is_refused(shape, heads, kv_heads, q_a
     with jax.set_mesh(mesh):
         kv = [place(mesh, x, None, None, kv_axes, None) for x in (k, v)]
         with pytest.raises(ValueError, match=f"{heads} query heads split over .* cannot read {kv_heads} kv heads"):
-            attend(place(mesh, q, None, None, q_axes, None), positions, (Keys(*kv, positions),), 0, "plain")
+            attend(place(mesh, q, None, None, q_axes, None), positions, (keys_of(*kv, positions),), 0, "plain")
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])

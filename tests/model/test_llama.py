@@ -125,7 +125,7 @@ def test_forward_equals_the_reference(case, attention, small, mesh, random_param
     rows = sequences(config)
     compute = llama.Compute(attention=attention)
     hidden = forward(config, compute, params, *padded(rows))
-    logits = llama.logits(llama.head_weights(config, compute, params), hidden)
+    logits = llama.logits(config, llama.head_weights(config, compute, params), hidden)
     assert hidden.dtype == logits.dtype == jnp.float32
     for index, row in enumerate(rows):
         want_hidden, want_logits = reference(config, params, row)
@@ -292,7 +292,7 @@ def test_cached_decoding_equals_the_reference(prefix_length, window, attention, 
         got = hidden[index, : len(prompt)]
         np.testing.assert_allclose(got, want[2 * index][prefix_length:][: len(prompt)], rtol=1e-5, atol=1e-5)
     caches = (*caches, keys)
-    shape, spec = (config.layers, 4, 5, config.kv_heads, config.head_dim), P(None, None, None, "tensor", None)
+    shape, spec = (config.layers, 4, config.kv_heads, 5, config.head_dim), P(None, None, "tensor", None, None)
     blank = jnp.full(shape, 1e3, jnp.float32, out_sharding=spec)  # what is not written is never read
     own = Keys(blank, blank, jnp.full((4, 5), NOWHERE, jnp.int32))
     ends = np.array([len(prompts[row // 2]) + prefix_length for row in range(4)], np.int32)

@@ -1,10 +1,14 @@
-"""The host side of sampling: parts, which no mesh decides, and what is in them."""
+"""The host side of sampling: parts, which no mesh decides, slots that are refilled, and what comes out of them."""
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from selfreward_jax.errors import UserError
 from selfreward_jax.model import llama
 from selfreward_jax.sampling import engine as engines
 from selfreward_jax.sampling.engine import Engine, Request
@@ -17,11 +21,11 @@ GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=6, window=64)
 MESHES = [(1, 1, 1), (2, 1, 1), (2, 2, 2), (1, 8, 1)]
 
 
-def opened(mesh_of, shape, rows):
+def opened(mesh_of, shape, rows, part):
     mesh = mesh_of(shape)
     source = open_source("random:tiny")
     params = load_params(source, mesh, "float32", GENERATION)
-    return Engine(source.config, COMPUTE, COMPUTE, params, mesh, (2,), source.config.vocab_size, rows, 16)
+    return Engine(source.config, COMPUTE, COMPUTE, params, mesh, (2,), source.config.vocab_size, rows, part, 16)
 
 
 def requests(count, samples):
@@ -35,7 +39,7 @@ def requests(count, samples):
 @pytest.mark.parametrize(("count", "samples", "rows", "width"), [(96, 3, 64, 21), (5, 3, 64, 5), (9, 4, 2, 1)])
 def test_the_requests_of_a_part_are_the_same_on_every_mesh(mesh_of, count, samples, rows, width):
     for shape in MESHES:
-        made = Engine(None, COMPUTE, COMPUTE, None, mesh_of(shape), (), 1, rows, 16)  # type: ignore[arg-type]
+        made = Engine(None, COMPUTE, COMPUTE, None, mesh_of(shape), (), 1, 2, rows, 16)  # type: ignore[arg-type]
         assert engines.per_part(made, requests(count, samples)) == width
         assert engines.padded(made, width) % shape[0] == 0
         assert width <= engines.padded(made, width) < width + 8
@@ -46,7 +50,7 @@ def test_completions_are_those_of_one_device_and_parts_can_be_mixed(mesh_of, how
     asked = requests(7, 3)  # parts of 3 requests: no multiple of the shards
     found = []
     for shape in ((1, 1, 1), (2, 1, 1), (2, 2, 2)):
-        made = opened(mesh_of, shape, 9)
+        made = opened(mesh_of, shape, 6, 9)
         found.append(list(engines.run(made, how, asked, 0, "test")))
         second = list(engines.run(made, how, asked, 0, "test", [True, False, True]))
         assert [part for part, _, _ in found[-1]] == [0, 1, 2]
@@ -62,6 +66,123 @@ def test_completions_are_those_of_one_device_and_parts_can_be_mixed(mesh_of, how
 
 
 def test_rows_that_fill_the_batch_count_no_tokens(mesh_of):
-    made = opened(mesh_of, (2, 2, 2), 3)
+    made = opened(mesh_of, (2, 2, 2), 3, 9)
     ((_, completions, counts),) = engines.run(made, dataclasses.replace(GREEDY, max_new_tokens=2), requests(1, 3), 0, "x")
-    assert counts["tokens"] == sum(len(one.ids) for some in completions for one in some) <= 6
+    assert counts.tokens == sum(len(one.ids) for some in completions for one in some) <= 6
+
+
+# --- slots ----------------------------------------------------------------------------------------------------------
+
+DRAWN = dataclasses.replace(GREEDY, temperature=0.9, top_p=0.9, max_new_tokens=10)
+STOPS = tuple(range(2, 90))  # so that many completions end early
+
+
+def sampled(made, asked, how=DRAWN, **more):
+    """Completions of each request, the counts of all parts, and what `advance` was told."""
+    told, found, total = [], [], engines.Counts()
+    for _, some, counts in engines.run(made, how, asked, 3, "slots", advance=lambda *news: told.append(news), **more):
+        found += some
+        total += counts
+    return found, total, told
+
+
+def assert_alike(got, want):
+    assert [[one.ids for one in some] for some in got] == [[one.ids for one in some] for some in want]
+    assert [[one.finish_reason for one in some] for some in got] == [[one.finish_reason for one in some] for some in want]
+    for some, others in zip(got, want, strict=True):
+        for one, other in zip(some, others, strict=True):
+            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
+def stopping(made):
+    return dataclasses.replace(made, stop_ids=STOPS)
+
+
+@pytest.fixture
+def alone(mesh_of):
+    """Each of 11 requests with 3 samples in a part and a slot of its own."""
+    found, total, _ = sampled(stopping(opened(mesh_of, (1, 1, 1), 3, 3)), requests(11, 3))
+    lengths = [len(one.ids) for some in found for one in some]
+    reasons = [one.finish_reason for some in found for one in some]
+    assert 5 < reasons.count("stop") < 30
+    for some in found:
+        for one in some:
+            assert (one.finish_reason == "stop") == (one.ids[-1] in STOPS)
+            assert not set(one.ids[:-1]) & set(STOPS)
+            assert len(one.ids) == len(one.logprobs) <= 10
+            assert one.finish_reason == "stop" or len(one.ids) == 10
+    assert total.tokens == sum(lengths)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "part"),
+    [((1, 1, 1), 6, 100), ((1, 1, 1), 33, 100), ((1, 1, 1), 100, 15), ((2, 1, 1), 12, 100), ((4, 2, 1), 9, 18), ((2, 2, 2), 6, 27)],
+)  # fmt: skip
+def test_slots_parts_and_meshes_change_nothing(alone, mesh_of, shape, rows, part):
+    found, total, told = sampled(stopping(opened(mesh_of, shape, rows, part)), requests(11, 3))
+    assert_alike(found, alone)
+    assert sum(count for count, _ in told) == 33
+    assert total.tokens == sum(len(one.ids) for some in found for one in some)
+    assert total.places - total.lost == total.tokens - 33  # the first token of each comes with the prompt
+    assert 0 <= total.lost < total.places
+    assert len(total.shapes) <= 4
+
+
+def test_layers_that_lie_apart_change_nothing(alone, mesh_of):
+    made = stopping(opened(mesh_of, (2, 1, 1), 9, 100))
+    with jax.set_mesh(made.mesh):
+        made = dataclasses.replace(made, params=llama.apart(made.config, made.params))
+    assert_alike(sampled(made, requests(11, 3))[0], alone)
+
+
+def test_a_prefix_that_all_share_is_the_only_one_read_apart(alone, mesh_of, monkeypatch):
+    made, lengths = stopping(opened(mesh_of, (1, 1, 1), 9, 15)), []
+    read_shared = engines._read_shared
+    monkeypatch.setattr(engines, "_read_shared", lambda engine, shared: (lengths.append(shared), read_shared(engine, shared))[1])
+    assert_alike(sampled(made, requests(11, 3))[0], alone)
+    assert lengths == [(7, 8)]  # once for all parts
+    other = [*requests(11, 3), Request((9, 9), (900, 901, 902))]  # begins otherwise: nothing is shared
+    assert_alike(sampled(made, other)[0][:11], alone)
+    assert lengths[1:] == [()]
+
+
+def test_a_part_that_was_skipped_is_not_sampled(alone, mesh_of):
+    made = stopping(opened(mesh_of, (1, 1, 1), 9, 15))
+    parts = list(engines.run(made, DRAWN, requests(11, 3), 3, "slots", [True, False]))
+    assert [part for part, _, _ in parts] == [1, 2]
+    assert_alike([some for _, found, _ in parts for some in found], alone[5:])
+
+
+def test_one_token_is_enough(mesh_of):
+    found, total, _ = sampled(
+        opened(mesh_of, (1, 1, 1), 6, 100), requests(5, 2), dataclasses.replace(DRAWN, max_new_tokens=1)
+    )
+    assert [len(one.ids) for some in found for one in some] == [1] * 10
+    assert (total.steps, total.tokens) == (0, 10)
+
+
+def test_prompts_that_cannot_be_completed_are_counted(mesh_of):
+    made = opened(mesh_of, (1, 1, 1), 6, 100)
+    long = Request(tuple([5] * (made.config.context - 5)), (1,))
+    with pytest.raises(UserError) as raised:
+        list(engines.run(made, DRAWN, [Request((), (0,)), long, Request((4, 5), (2,))], 0, "bad"))
+    context = made.config.context
+    assert raised.value.args == (
+        "1 of 3 prompts have no token; leave them out",
+        f"1 of 3 prompts have more than {context - 10} tokens, and the model's context is {context} with 10 for the"
+        " completion; leave them out or allow fewer",
+    )
+    assert list(engines.run(made, DRAWN, [], 0, "none")) == []
+
+
+@given(st.integers(1, 100_000), st.sampled_from([1, 16, 64, 256]))
+def test_extents_are_few_and_tight(length, pad):
+    size = engines.extent(length, pad)
+    assert size % pad == 0
+    assert length <= size < max(1.5 * length, length + pad)
+    assert engines.extent(size, pad) == size
+
+
+def test_lengths_up_to_100_000_have_25_extents():
+    assert len({engines.extent(length, 64) for length in range(1, 100_000, 64)}) <= 25

@@ -102,7 +102,7 @@ def our_logits():
         @jax.jit
         def forward(params, tokens, positions):
             hidden = llama.hidden_states(config, compute, params, tokens, positions)
-            return llama.logits(llama.head_weights(config, compute, params), hidden)
+            return llama.logits(config, llama.head_weights(config, compute, params), hidden)
 
         return np.asarray(forward(params, *placed))
 
