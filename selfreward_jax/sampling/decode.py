@@ -25,7 +25,7 @@ class Sampled(NamedTuple):
         lengths: `[R]` int32, tokens of each completion, its stop token included.
         stopped: `[R]` bool, whether a stop token ended it (else the length limit did).
         steps: scalar int32, decode steps that ran.
-        fallbacks: scalar int32, tokens that needed more than the first window.
+        fallbacks: scalar int32, tokens that needed more than the window.
     """
 
     tokens: jax.Array
@@ -110,10 +110,10 @@ def sample(
     def record(state: dict[str, Any], at: jax.Array, logits: jax.Array) -> dict[str, Any]:
         """Chooses the token at place `at` for rows that are not done, and notes it."""
         live = ~state["done"]
-        # Rows that are done go on as certainties: their flat garbage would send the whole batch to the full sort.
+        # Rows that are done go on as certainties: the full sort is not for their flat garbage.
         certain = jnp.arange(logits.shape[-1]) == 0
         logits = jnp.where(live[:, None] | certain, logits, -jnp.inf)
-        token, logp, fell_back = choose(logits, keys, at, sampling)
+        token, logp, fell_back = choose(logits, keys, jnp.broadcast_to(at, (rows,), out_sharding=P(split)), sampling)
         token = jnp.where(live, token, 0)
         ended = live & jnp.any(token[:, None] == stop_ids[None], axis=-1)
         return state | {

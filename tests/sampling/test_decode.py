@@ -100,7 +100,7 @@ def test_tokens_are_the_requests_draws(sampled, small, mesh, params, prompts):
     )
     logits = np.asarray(llama.logits(llama.head_weights(small, COMPUTE, params), hidden))
     keys = request_keys(SEED, PHASE, jnp.asarray(REQUESTS.ravel(), jnp.int32))
-    pick = jax.jit(lambda logits, at: choose(logits, keys, at, SAMPLING)[0])
+    pick = jax.jit(lambda logits, at: choose(logits, keys, jnp.full(8, at), SAMPLING)[0])
     seen = 0
     for at in range(8):
         ends = np.array([len(prompts[row // 2]) for row in range(8)])
