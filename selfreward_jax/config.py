@@ -186,6 +186,10 @@ class PromptsConfig:
     generated_demonstrations: int = _f(2, "demonstrations from the pool", "3.1.3")
     temperature: float = _f(0.6, "sampling temperature", "3.1.3")
     top_p: float = _f(0.9, "nucleus mass", "3.1.3")
+    top_k: int = _f(0, "most tokens to choose from; 0: no limit", _OURS + "none is mentioned")
+    min_p: float = _f(
+        0.0, "least share of the most probable token's probability; 0: no limit", _OURS + "none is mentioned"
+    )
     max_new_tokens: int = _f(1024, "longest completion", _OURS + "Self-Instruct's code")
     requests: int = _f(64, "requests a round; the filters run between rounds", _OURS + "batch size")
     max_rounds: int = _f(400, "rounds before the pool is called dry", _OURS + "a bound on the cost")
@@ -229,6 +233,10 @@ class ResponsesConfig:
     n: int = _f(4, "candidates a prompt", "3.1.3")
     temperature: float = _f(0.7, "sampling temperature", "3.1.3")
     top_p: float = _f(0.9, "nucleus mass", "3.1.3")
+    top_k: int = _f(0, "most tokens to choose from; 0: no limit", _OURS + "none is mentioned")
+    min_p: float = _f(
+        0.0, "least share of the most probable token's probability; 0: no limit", _OURS + "none is mentioned"
+    )
     max_new_tokens: int = _f(1024, "longest response, end of turn included", _OURS + "Llama 2 context")
 
 
@@ -256,6 +264,10 @@ class JudgeConfig:
     k: int = _f(3, "judgments a response, averaged", "3.1.3")
     temperature: float = _f(0.7, "sampling temperature", "3.1.3")
     top_p: float = _f(0.9, "nucleus mass", "3.1.3")
+    top_k: int = _f(0, "most tokens to choose from; 0: no limit", _OURS + "none is mentioned")
+    min_p: float = _f(
+        0.0, "least share of the most probable token's probability; 0: no limit", _OURS + "none is mentioned"
+    )
     max_new_tokens: int = _f(256, "longest judgment", _OURS + "'up to 100 words' and the score")
     stop: str = _f(
         "score",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from typing import Any
@@ -21,6 +22,18 @@ def fewest_examples(c: Any) -> tuple[int, str]:
     if shots > 1 and c.prompts.source == "self_instruct" and c.target not in ("sft", "m1"):
         return shots, "prompts.seed_demonstrations and prompts.generated_demonstrations, while the pool is empty"
     return 1, "to train on"
+
+
+def sampling(how: Any) -> list[str]:
+    """A line for each sampling option out of its range: of a group of the config, of a command or of a `Sampling`."""
+    holds = {
+        f"temperature={how.temperature}: a number that is not negative": 0 <= how.temperature < math.inf,
+        f"top_k={how.top_k}: not negative; 0 is no limit": how.top_k >= 0,
+        f"top_p={how.top_p}: in (0, 1]": 0 < how.top_p <= 1,
+        f"min_p={how.min_p}: in [0, 1); 0 is no limit": 0 <= how.min_p < 1,
+        f"max_new_tokens={how.max_new_tokens}: at least 1": how.max_new_tokens >= 1,
+    }
+    return [line for line, held in holds.items() if not held]
 
 
 def find(c: Any) -> list[str]:
@@ -159,14 +172,17 @@ def find(c: Any) -> list[str]:
         not (endpoint and c.judge.score == "expected"),
         "judge.score=expected: an endpoint gives no probabilities of all scores; use sampled",
     )
+    need(
+        not (endpoint and (c.judge.top_k or c.judge.min_p)),
+        f"judge.top_k={c.judge.top_k}, judge.min_p={c.judge.min_p}: an endpoint's interface has neither; leave both at 0",
+    )
     for name, part in (("prompts", c.prompts), ("responses", c.responses), ("judge", c.judge)):
-        need(part.temperature >= 0, f"{name}.temperature={part.temperature}: not negative")
-        need(0 < part.top_p <= 1, f"{name}.top_p={part.top_p}: in (0, 1]")
-        need(part.max_new_tokens >= 1, f"{name}.max_new_tokens={part.max_new_tokens}: at least 1")
+        found += [f"--config.{name}.{line}" for line in sampling(part)]
     need(c.responses.n >= 2, f"responses.n={c.responses.n}: a pair needs at least 2 candidates")
     need(
         c.responses.temperature > 0, "responses.temperature=0: greedy candidates are all the same, so no pair is left"
     )
+    need(c.responses.top_k != 1, "responses.top_k=1: greedy candidates are all the same, so no pair is left")
     need(c.judge.k >= 1, f"judge.k={c.judge.k}: at least 1")
     need(c.check.k >= 1 and c.check.prompts >= 0, "check.k: at least 1; check.prompts: not negative")
     need(c.judge.low < c.judge.high, f"judge.low={c.judge.low}: below judge.high={c.judge.high}")

@@ -7,13 +7,13 @@ python -m selfreward_jax.generate --model=runs/m3-demo/m3/model --prompts=questi
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import tempfile
 from typing import Any
 
 from etils import epath
 
+from selfreward_jax import contradictions
 from selfreward_jax.data.token_bytes import stop_problems
 from selfreward_jax.errors import UserError
 
@@ -32,7 +32,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", default="", help="jsonl file of answers")
     parser.add_argument("--samples", type=int, default=1, help="answers a prompt")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
-    parser.add_argument("--top_p", type=float, default=0.9, help="nucleus mass")
+    parser.add_argument("--top_p", type=float, default=0.9, help="nucleus mass; 1: no limit")
+    parser.add_argument("--top_k", type=int, default=0, help="most tokens to choose from; 0: no limit")
+    parser.add_argument(
+        "--min_p", type=float, default=0.0, help="least share of the most probable token's probability; 0: no limit"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer, end of turn included")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="STRING", help="an answer ends before it; may be repeated"
@@ -52,11 +56,10 @@ def _check(arguments: argparse.Namespace) -> None:
         problems.append("give either --prompt or --prompts")
     if arguments.prompts and not arguments.out:
         problems.append("--prompts needs --out")
-    for name in ("samples", "max_new_tokens", "rows"):
+    for name in ("samples", "rows"):
         if getattr(arguments, name) < 1:
             problems.append(f"--{name}={getattr(arguments, name)}: at least 1")
-    if not 0 <= arguments.temperature < math.inf or not 0 < arguments.top_p <= 1:
-        problems.append("--temperature is not negative and --top_p is in (0, 1]")
+    problems += [f"--{line}" for line in contradictions.sampling(arguments)]
     if not 0 <= arguments.seed < 2**32:
         problems.append(f"--seed={arguments.seed}: from 0 to 2**32 - 1")
     problems += stop_problems(arguments.stop)

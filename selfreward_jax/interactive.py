@@ -32,7 +32,9 @@ def answer(arguments: argparse.Namespace, prompts: Sequence[tuple[str, str]]) ->
     source = open_source(arguments.model)
     chat = load_chat(source.tokenizer, arguments.chat_template, source.eos_ids)
     stops = stopping.build(chat, arguments.stop)
-    how = Sampling(arguments.temperature, arguments.top_p, arguments.max_new_tokens)
+    how = Sampling(
+        arguments.temperature, arguments.top_p, arguments.max_new_tokens, top_k=arguments.top_k, min_p=arguments.min_p
+    )
     kept, requests = [], []
     for number, (key, text) in enumerate(prompts):
         ids = tuple(encode_prompt(chat, text))

@@ -58,8 +58,10 @@ class Run:
 
 
 def sampling(run: Run, part: Any) -> Sampling:
-    """Sampling parameters from a config group that has temperature, top_p and max_new_tokens."""
-    return Sampling(part.temperature, part.top_p, part.max_new_tokens, run.config.engine.window)
+    """Sampling parameters from a config group that has temperature, top_p, top_k, min_p and max_new_tokens."""
+    return Sampling(
+        part.temperature, part.top_p, part.max_new_tokens, run.config.engine.window, part.top_k, part.min_p
+    )
 
 
 def plan(run: Run, part: TrainConfig, items: int) -> Plan:

@@ -131,8 +131,11 @@ def test_a_field_of_the_wrong_type_makes_no_contradiction_of_its_own():
         ("eft.ties", "maybe", "strict or lenient"),
         ("prompts.temperature", -0.5, "not negative"),
         ("judge.top_p", 0.0, "in (0, 1]"),
+        ("judge.top_k", -1, "not negative; 0 is no limit"),
+        ("prompts.min_p", 1.0, "in [0, 1); 0 is no limit"),
         ("responses.max_new_tokens", 0, "at least 1"),
         ("responses.temperature", 0.0, "greedy candidates are all the same"),
+        ("responses.top_k", 1, "greedy candidates are all the same"),
         ("judge.k", 0, "at least 1"),
         ("check.k", 0, "at least 1"),
         ("judge.high", 0, "below judge.high"),
@@ -150,6 +153,24 @@ def test_a_contradiction_is_one_line_that_names_its_field(field, value, says):
     assert lines[0].startswith("--config.")
     assert says in lines[0]
     assert (group or name) in lines[0]
+
+
+@pytest.mark.parametrize("limit", [{"top_k": 20}, {"min_p": 0.1}])
+def test_an_endpoint_takes_no_limit_that_its_interface_does_not_have(limit):
+    endpoint = {"model": "https://host/v1", "endpoint_model": "judge"}
+    changed(judge=limit)
+    (line,) = lines_of(lambda: changed(judge=endpoint | limit))
+    assert line.startswith("--config.judge.top_k=") and "an endpoint's interface has neither" in line
+
+
+def test_the_limits_of_a_group_reach_its_samples():
+    from selfreward_jax.run import sampling
+
+    for group in ("prompts", "responses", "judge"):
+        made = changed(**{group: {"temperature": 0.3, "top_p": 0.8, "top_k": 7, "min_p": 0.02}})
+        how = sampling(Namespace(config=made), getattr(made, group))
+        assert (how.temperature, how.top_p, how.top_k, how.min_p) == (0.3, 0.8, 7, 0.02)
+        assert (how.max_new_tokens, how.window) == (getattr(made, group).max_new_tokens, made.engine.window)
 
 
 def test_integers_are_taken_for_floats_and_nothing_else_for_anything():
@@ -504,7 +525,9 @@ def test_a_field_that_nothing_reads_is_found(extra):
     assert unread(package(), [*flat(Config()), extra]) == {extra}
 
 
-@pytest.mark.parametrize("name", ["beta", "decode_unroll", "warmup", "top_p", "lang", "similarity", "max_rounds"])
+@pytest.mark.parametrize(
+    "name", ["beta", "decode_unroll", "warmup", "top_p", "top_k", "lang", "similarity", "max_rounds"]
+)
 def test_a_field_that_is_no_longer_read_is_found(name):
     modules = {module: re.sub(rf"\.{name}\b", ".other", text) for module, text in package().items()}
     assert unread(modules, flat(Config())) == {field for field in flat(Config()) if field.endswith(f".{name}")}

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 def arguments(**changed):
     given = {
         "model": "random:tiny", "prompt": "", "prompts": "in.jsonl", "out": "out.jsonl", "samples": 1,
-        "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 8, "seed": 0, "rows": 4, "chat_template": "own",
+        "temperature": 0.7, "top_p": 0.9, "top_k": 0, "min_p": 0.0, "max_new_tokens": 8, "seed": 0, "rows": 4, "chat_template": "own",
         "dtype": "float32", "stop": [],
     }  # fmt: skip
     return Namespace(**{**given, **changed})
@@ -40,6 +40,7 @@ def test_a_file_of_prompts_becomes_a_file_of_answers(tmp_path):
     command = [
         sys.executable, "-m", "selfreward_jax.generate", "--model=random:tiny", "--chat_template=own",
         f"--prompts={questions}", f"--out={answers}", "--samples=2", "--max_new_tokens=6", "--seed=3",
+        "--top_k=500", "--min_p=0.001",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -70,9 +71,13 @@ def test_a_file_of_prompts_becomes_a_file_of_answers(tmp_path):
         ({"prompt": "a", "prompts": "b"}, ["give either --prompt or --prompts"]),
         ({"out": ""}, ["--prompts needs --out"]),
         ({"samples": 0}, ["--samples=0: at least 1"]),
-        ({"max_new_tokens": -1, "rows": 0}, ["--max_new_tokens=-1: at least 1", "--rows=0: at least 1"]),
-        ({"temperature": -0.1}, ["--temperature is not negative and --top_p is in (0, 1]"]),
-        ({"top_p": 0.0}, ["--temperature is not negative and --top_p is in (0, 1]"]),
+        ({"max_new_tokens": -1, "rows": 0}, ["--rows=0: at least 1", "--max_new_tokens=-1: at least 1"]),
+        ({"temperature": -0.1}, ["--temperature=-0.1: a number that is not negative"]),
+        ({"top_p": 0.0}, ["--top_p=0.0: in (0, 1]"]),
+        (
+            {"top_k": -1, "min_p": 1.0},
+            ["--top_k=-1: not negative; 0 is no limit", "--min_p=1.0: in [0, 1); 0 is no limit"],
+        ),
         ({"seed": -1}, ["--seed=-1: from 0 to 2**32 - 1"]),
         (
             {"stop": ["\n", "", "x" * 250]},
@@ -81,7 +86,7 @@ def test_a_file_of_prompts_becomes_a_file_of_answers(tmp_path):
                 "stop strings: 251 bytes of UTF-8, at most 250 together; give fewer or shorter ones",
             ],
         ),
-        ({"temperature": float("nan")}, ["--temperature is not negative and --top_p is in (0, 1]"]),
+        ({"temperature": float("nan")}, ["--temperature=nan: a number that is not negative"]),
     ],
 )
 def test_arguments_that_make_no_sense_are_said_at_once(changed, lines):
@@ -93,6 +98,7 @@ def test_arguments_that_make_no_sense_are_said_at_once(changed, lines):
 def test_arguments_that_make_sense():
     generate._check(arguments())
     generate._check(arguments(prompt="a", prompts="", out="", temperature=0.0, top_p=1.0, stop=["\n\n", "User:"]))
+    generate._check(arguments(prompt="a", prompts="", out="", temperature=0.0, top_p=1.0, top_k=5, min_p=0.5))
 
 
 def command(monkeypatch, *words):
