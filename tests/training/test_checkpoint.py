@@ -101,7 +101,9 @@ def test_the_newest_training_state_comes_back(mesh, folder):
     assert names() == ["3", "6", "9"]  # two, and the last
     (folder / "checkpoints" / "12.orbax-checkpoint-tmp-1").mkdir()  # a kill left it
     again = checkpoint.open_folder(folder / "checkpoints", keep=2)
-    number, got = checkpoint.restore(again, like)
+    found = checkpoint.restore(again, like)
+    assert found
+    number, got = found
     checkpoint.close(again)
     assert names() == ["6", "9"]
     assert number == 9
