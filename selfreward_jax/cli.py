@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -22,6 +23,7 @@ from selfreward_jax.errors import UserError
 def exit_code(command: Callable[[], Any]) -> int:
     """Runs a command. A user's mistake is printed line by line, without a traceback, and gives 2; Ctrl-C gives 130."""
     try:
+        _check_devices(os.environ)
         command()
     except UserError as error:
         sys.stdout.flush()
@@ -34,6 +36,13 @@ def exit_code(command: Callable[[], Any]) -> int:
         print("\nstopped; start again to go on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def _check_devices(environment: Mapping[str, str]) -> None:
+    """jax reads it when it is imported, and ends in a traceback."""
+    value = environment.get("JAX_NUM_CPU_DEVICES", "1")
+    if not re.fullmatch(r"[0-9]*[1-9][0-9]*|-1", value):
+        raise UserError(f"JAX_NUM_CPU_DEVICES={value}: a whole number from 1, or unset it for one device")
 
 
 def split(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
