@@ -6,10 +6,11 @@ import argparse
 import contextlib
 import importlib.util
 import os
+import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -29,6 +30,7 @@ def exit_code(command: Callable[[], Any]) -> int:
     """
     with signals.signals() as asked:
         try:
+            _check_devices(os.environ)
             command()
             return 0
         except (Exception, KeyboardInterrupt) as error:
@@ -55,6 +57,13 @@ def _lines(error: UserError) -> list[str]:
         return []
     where = "" if error.shared else processes.of_job()
     return [f"error: {line}{where}" for line in str(error).splitlines()]
+
+
+def _check_devices(environment: Mapping[str, str]) -> None:
+    """jax reads it when it is imported, and ends in a traceback."""
+    value = environment.get("JAX_NUM_CPU_DEVICES", "1")
+    if not re.fullmatch(r"[0-9]*[1-9][0-9]*|-1", value):
+        raise UserError(f"JAX_NUM_CPU_DEVICES={value}: a whole number from 1, or unset it for one device")
 
 
 def split(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

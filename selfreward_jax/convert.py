@@ -11,6 +11,7 @@ import jax
 
 from selfreward_jax import stores
 from selfreward_jax.cli import exit_code
+from selfreward_jax.errors import spelled
 from selfreward_jax.sharding.mesh import make_mesh
 from selfreward_jax.weights.export import export
 from selfreward_jax.weights.source import load_params, open_source, stored_dtype
@@ -60,7 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokenizer", default=None, help="a directory or hub name, if not the model's own")
     given = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")  # a conversion computes nothing: leave the accelerator alone
-    return exit_code(lambda: print(convert(given.source, given.out, given.dtype, given.tokenizer)))
+
+    def run() -> None:
+        with spelled({"--config.model.source": "--source", "--config.model.tokenizer": "--tokenizer"}):
+            print(convert(given.source, given.out, given.dtype, given.tokenizer))
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

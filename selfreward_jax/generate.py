@@ -15,7 +15,14 @@ from etils import epath
 
 from selfreward_jax import contradictions
 from selfreward_jax.data.token_bytes import stop_problems
-from selfreward_jax.errors import UserError
+from selfreward_jax.errors import UserError, spelled
+
+_OPTIONS = {
+    "--config.model.source": "--model",
+    "--config.model.tokenizer=DIRECTORY or a hub name": "--model=DIRECTORY",  # it takes the model's own tokenizer only
+    "--config.model.tokenizer": "--model",
+    "--config.model.chat_template": "--chat_template",
+}
 
 
 def _arguments() -> argparse.Namespace:
@@ -130,7 +137,12 @@ def main() -> int:
     from selfreward_jax.cli import exit_code
 
     arguments = _arguments()
-    return exit_code(lambda: _run(arguments))
+
+    def run() -> None:
+        with spelled(_OPTIONS):
+            _run(arguments)
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,8 +30,20 @@ from selfreward_jax.weights.source import Source, open_source
 
 
 def use_compilation_cache(folder: str) -> None:
-    """Keeps compiled programs between processes; by default beside the demo model in the user's cache folder."""
-    path = folder or os.fspath(cache_folder() / "compiled")
+    """Keeps compiled programs between processes; by default beside the demo model in the user's cache folder.
+
+    Raises:
+        UserError: if the folder that is named cannot be written.
+    """
+    path = folder and os.fspath(stores.place(folder, "--config.engine.cache"))
+    if path and not stores.is_remote(path):
+        try:
+            os.makedirs(path, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+        except OSError as error:
+            advice = "take a folder that can be written, or leave it empty"
+            raise UserError(f"--config.engine.cache={folder}: {error.strerror or error}; {advice}") from error
+    path = path or os.fspath(cache_folder() / "compiled")
     jax.config.update("jax_compilation_cache_dir", path)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -151,7 +164,7 @@ def train(config: Config, loss: str, root: epath.Path, resume: str) -> None:
 @contextlib.contextmanager
 def _working(config: Config, root: epath.Path, resume: str) -> Iterator[Callable[[], Run]]:
     """The folder locked and its config checked; gives what opens the run and sets its mesh."""
-    use_compilation_cache(config.engine.cache)
+    processes.each(lambda: use_compilation_cache(config.engine.cache))
     with lock.locked(root):
         workdir.check_config(root, flat(config), free_fields(), resume == "override")
         job = f" of {processes.count()} processes" if processes.count() > 1 else ""

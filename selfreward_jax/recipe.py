@@ -250,6 +250,7 @@ def build(
             run = run or open_run()
             _do(run, config, root, stage)
         if stage.name == stop_after:
+            say(f"stopped here by --stop_after={stop_after}; the same command without it goes on")
             return
 
 

@@ -10,8 +10,11 @@ import argparse
 import sys
 
 from selfreward_jax import cli
-from selfreward_jax.errors import UserError
+from selfreward_jax.config import Config
+from selfreward_jax.errors import UserError, spelled
 from selfreward_jax.observe.progress import say
+
+_SET_HERE = {"sft": "data.ift", "dpo": "data.preferences"}  # the field that --data stands for, by loss
 
 
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -42,7 +45,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from selfreward_jax import config
 
     raw = cli.parse_config(arguments.config, overrides)
-    set_here = {"sft": "data.ift", "dpo": "data.preferences"}[arguments.loss]
+    set_here = _SET_HERE[arguments.loss]
     taken = [word for word in overrides if word.startswith((f"--config.{set_here}=", "--config.model.source="))]
     if taken:
         raise UserError(*(f"{word}: --data and --model name it here" for word in taken))
@@ -50,7 +53,11 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     raw.model.source = arguments.model
     if not any(word.startswith("--config.model.parameters=") for word in overrides):
         raw.model.parameters = 0  # the preset's model has another size: the source tells
-    checked = config.from_config_dict(raw)
+    with spelled({"--config.model.source": "--model", f"--config.{set_here}": "--data"}):
+        _train(arguments, config.from_config_dict(raw))
+
+
+def _train(arguments: argparse.Namespace, checked: Config) -> None:
     root = cli.folder(arguments.workdir)
     from selfreward_jax import launch  # jax starts here: not before the config is right
 

@@ -12,7 +12,7 @@ from etils import epath
 from selfreward_jax import cli, estimate, launch, presets, recipe
 from selfreward_jax import main as mains
 from selfreward_jax.config import flat, from_config_dict
-from selfreward_jax.errors import UserError
+from selfreward_jax.errors import UserError, spelled
 from selfreward_jax.weights import fetch
 
 ROOT = Path(__file__).parents[1]
@@ -169,6 +169,34 @@ def test_exit_codes(capsys):
     assert "start again to go on" in capsys.readouterr().err
     with pytest.raises(ValueError, match="a bug"):
         cli.exit_code(fails)  # a bug shows its traceback
+
+
+@pytest.mark.parametrize("value", ["0", "abc", "", "-3", "1.5"])
+def test_a_count_of_devices_that_jax_cannot_read_is_one_line(monkeypatch, capsys, value):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", value)
+    assert cli.exit_code(lambda: pytest.fail("jax would end in a traceback")) == 2
+    says = f"error: JAX_NUM_CPU_DEVICES={value}: a whole number from 1, or unset it for one device\n"
+    assert capsys.readouterr().err == says
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
+    assert cli.exit_code(lambda: None) == 0
+
+
+def test_options_are_named_as_the_command_spells_them():
+    with (
+        pytest.raises(UserError) as caught,
+        spelled({"--config.model.source": "--model", "--config.data.ift": "--data"}),
+    ):
+        raise UserError(
+            "--config.model.source=x: none", "--config.data.ift_examples=0: one", "give --config.data.ift=FILE"
+        )
+    assert caught.value.args == ("--model=x: none", "--config.data.ift_examples=0: one", "give --data=FILE")
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+def test_a_compile_cache_that_cannot_be_written_is_one_line(tmp_path, folder):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"^--config.engine.cache={tmp_path}/{folder}: .*; take a folder that can be"):
+        launch.use_compilation_cache(str(tmp_path / folder))
 
 
 # What `main` gives to `launch`.

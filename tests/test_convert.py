@@ -40,7 +40,7 @@ def test_keep_keeps_the_bytes(tmp_path, capsys):
 def test_mistakes_are_lines_and_exit_code_2(tmp_path, capsys):
     assert convert.main(["--source=nowhere.gguf", f"--out={tmp_path / 'm'}"]) == 2
     said = capsys.readouterr()
-    assert said.err == "error: --config.model.source: no gguf file at nowhere.gguf\n"
+    assert said.err == "error: --source: no gguf file at nowhere.gguf\n"
     assert said.out == ""
     with pytest.raises(SystemExit) as caught:
         convert.main(["--source=demo", "--out=x", "--dtype=int8"])

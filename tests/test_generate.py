@@ -121,7 +121,7 @@ def test_mistakes_are_lines_and_exit_code_2(monkeypatch, tmp_path, capsys):
 def test_a_model_that_is_not_there_is_a_line_and_exit_code_2(monkeypatch, capsys):
     monkeypatch.setattr(interactive, "use_compilation_cache", lambda folder: None)
     assert command(monkeypatch, "--model=nowhere.gguf", "--prompt=x") == 2
-    assert capsys.readouterr().err == "error: --config.model.source: no gguf file at nowhere.gguf\n"
+    assert capsys.readouterr().err == "error: --model: no gguf file at nowhere.gguf\n"
 
 
 def test_stop_strings_may_be_repeated(monkeypatch):

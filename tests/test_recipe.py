@@ -380,6 +380,17 @@ def test_a_loop_that_cannot_go_on_still_shows_what_there_is(
         recipe.build_loop(config(), root, fails)
 
 
+def test_a_run_that_stop_after_ended_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = epath.Path(tmp_path)
+    first = recipe.stages(config())[0]
+    for name in first.outputs:
+        workdir.write_text(root / name, "x")
+    workdir.finish(root, first.name, [], [root / name for name in first.outputs], 1.0, {})
+    recipe.build_loop(config(), root, lambda: pytest.fail("nothing is left to do"), first.name)
+    (*_, last) = capsys.readouterr().out.splitlines()
+    assert last == "stopped here by --stop_after=seed/split; the same command without it goes on"
+
+
 def test_both_meshes_are_looked_at_before_either_is_refused(tmp_path: Path) -> None:
     import dataclasses
 
