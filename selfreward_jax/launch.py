@@ -131,7 +131,9 @@ def join(config: Config, arguments: argparse.Namespace) -> None:
         arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.join_timeout,
         arguments.heartbeat_timeout,
     )  # fmt: skip
-    processes.start(place, {"config": workdir.digest(flat(config))[:12], "jax": jax.__version__})
+    given = {f"--{name}": getattr(arguments, name, "") for name in ("stop_after", "resume", "heartbeat_timeout")}
+    given |= {f"--config.{name}": value for name, value in flat(config).items()}
+    processes.start(place, {"jax": jax.__version__, **{name: str(value) for name, value in given.items()}})
 
 
 def start(config: Config, root: epath.Path, arguments: argparse.Namespace) -> None:

@@ -89,19 +89,25 @@ def start(place: Place, about: Mapping[str, str]) -> None:
         UserError: if the place is incomplete or impossible, or the others do not arrive in time.
     """
     named = (bool(place.coordinator), place.count > 0, place.index >= 0)
+    problems = []
     if any(named) and not all(named):
-        raise UserError(
+        problems.append(
             "--coordinator, --num_processes, --process_id: give all three, or none where they are found out"
         )
     if all(named) and not place.index < place.count:
-        raise UserError(f"--process_id={place.index}: from 0 to {place.count - 1}, as --num_processes={place.count}")
+        problems.append(f"--process_id={place.index}: from 0 to {place.count - 1}, as --num_processes={place.count}")
+    for option, seconds in (("join_timeout", place.timeout), ("heartbeat_timeout", place.heartbeat)):
+        if seconds < 1:
+            problems.append(f"--{option}={seconds}: at least 1 second")
+    if problems:
+        raise UserError(*problems)
     if not any(named) and not cluster.several(os.environ) and not cluster.has_tpu(os.environ):
         return
     import jax  # not before it is needed: a wrong argument should not wait for it
 
     found = cluster.Found(place.coordinator, place.count, place.index) if all(named) else None
     found = found or cluster.find(os.environ, place.timeout)
-    if found and not found.coordinator:
+    if found and (not found.coordinator or found.count == 1):
         return
     given: dict[str, Any] = {}
     if found:

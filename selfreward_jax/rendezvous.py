@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from selfreward_jax.errors import UserError
 
 _LONGEST = 1 << 16  # bytes of a message
+_SAY_EVERY = 10.0  # seconds of waiting
 
 
 def meet(coordinator: str, count: int, index: int, about: Mapping[str, str], timeout: float) -> None:
@@ -22,15 +24,15 @@ def meet(coordinator: str, count: int, index: int, about: Mapping[str, str], tim
 
     Args:
         coordinator: HOST:PORT of process 0.
-        about: what must be the same everywhere, e.g. {"config": sha256}.
+        about: what must be the same everywhere, e.g. {"--config.seed": "0"}.
         timeout: seconds to wait.
 
     Raises:
         UserError: on every process that arrived: which ones are missing, came twice, or differ and in what.
     """
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(f"--coordinator={coordinator}: must be HOST:PORT of process 0")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"--coordinator={coordinator}: must be HOST:PORT of process 0, the port from 1 to 65535")
     hello = {"index": index, "count": count, "about": dict(about)}
     deadline = time.monotonic() + timeout
     if count == 1:
@@ -54,7 +56,12 @@ def _lead(address: tuple[str, int], own: dict[str, Any], deadline: float) -> lis
                 " (JAX_COORDINATOR_PORT where it is found out)"
             ) from error
         waiting = []
+        said = began
         while len(here) < own["count"] and not problems and time.monotonic() < deadline:
+            if time.monotonic() - said > _SAY_EVERY:
+                said = time.monotonic()
+                absent = ", ".join(str(index) for index in range(own["count"]) if index not in here)
+                _say(f"waiting at {host}:{port} for process {absent} of {own['count']}, {deadline - said:.0f} s more")
             for guest, hello in _arrivals(server, deadline):
                 waiting.append(open_sockets.enter_context(guest))
                 problems += _differences(own, hello, here)
@@ -106,8 +113,11 @@ def differences(index: int, own: Mapping[str, Any], other: Mapping[str, Any]) ->
 
 def _join(address: tuple[str, int], hello: dict[str, Any], deadline: float) -> list[str]:
     where = f"process {hello['index']} of {hello['count']}"
-    reason = "nobody listens there"
+    reason, said = "nobody listens there", time.monotonic()
     while time.monotonic() < deadline:
+        if time.monotonic() - said > _SAY_EVERY:
+            said = time.monotonic()
+            _say(f"{where} waits for process 0 at {address[0]}:{address[1]} ({reason}), {deadline - said:.0f} s more")
         try:
             with socket.create_connection(address, timeout=5.0) as server:
                 server.sendall(json.dumps(hello).encode() + b"\n")
@@ -119,6 +129,11 @@ def _join(address: tuple[str, int], hello: dict[str, Any], deadline: float) -> l
             reason = error.strerror or str(error)
         time.sleep(0.2)
     return [f"{where} did not reach process 0 at {address[0]}:{address[1]} ({reason}); start process 0 there"]
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def _read(connection: socket.socket, seconds: float) -> dict[str, Any]:

@@ -15,6 +15,10 @@ from selfreward_jax.processes import Place
         (Place(coordinator="a:1", count=2), "give all three"),
         (Place(coordinator="a:1", count=2, index=2), "--process_id=2: from 0 to 1"),
         (Place(coordinator="nowhere", count=2, index=1), "must be HOST:PORT"),
+        (Place(coordinator="a:99999", count=2, index=1), "the port from 1 to 65535"),
+        (Place(coordinator="a:0", count=2, index=0), "the port from 1 to 65535"),
+        (Place(heartbeat=0), "--heartbeat_timeout=0: at least 1 second"),
+        (Place(coordinator="a:1", timeout=-5), r"(?s)give all three.*--join_timeout=-5: at least 1 second"),
     ],
 )
 def test_a_place_that_is_none_is_refused(place, says):

@@ -43,6 +43,15 @@ def test_missing_ones_are_named_to_all():
     assert "processes 1, 3 had not arrived" in first[0]
 
 
+def test_those_who_wait_say_for_whom(monkeypatch, capsys):
+    monkeypatch.setattr(rendezvous, "_SAY_EVERY", 0.3)
+    meet([(0, 3, {}), (2, 3, {})], timeout=2.5)
+    meet([(1, 2, {})], timeout=2.5)
+    said = capsys.readouterr().out
+    assert "for process 1 of 3, " in said
+    assert "process 1 of 2 waits for process 0 at 127.0.0.1:" in said
+
+
 def test_nobody_leads():
     (line,) = meet([(1, 2, {})], timeout=1.0)[0]
     assert "process 1 of 2 did not reach process 0" in line and "start process 0" in line
