@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -30,11 +29,11 @@ sys.exit(cli.exit_code(work))
 """
 
 
-def run(tmp_path, commands, before=lambda: None, more=({}, {})):
+def run(tmp_path, commands, before=":", more=({}, {})):
     """Runs two processes in folders `0` and `1`: (exit codes, what each printed, seconds until both had ended).
 
     Args:
-        before: called in the second process before it starts.
+        before: what a shell does before it becomes the second process (not `preexec_fn`: it forks, and jax has threads).
         more: environment variables of each.
     """
     environment = os.environ | {
@@ -49,12 +48,11 @@ def run(tmp_path, commands, before=lambda: None, more=({}, {})):
         with (tmp_path / f"{index}.log").open("w") as out:
             running.append(
                 subprocess.Popen(
-                    [sys.executable, *command],
+                    ["/bin/bash", "-c", f'{before if index else ":"}; exec "$@"', "bash", sys.executable, *command],
                     cwd=tmp_path / str(index),
                     env=environment | more[index],
                     stdout=out,
                     stderr=subprocess.STDOUT,
-                    preexec_fn=before if index else None,
                 )
             )
     try:
@@ -120,8 +118,7 @@ def test_sigterm_ends_a_process_that_waits_for_another(tmp_path):
     assert "stopped; start again to go on from here" in logs[0]
 
 
-def no_big_files():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+NO_BIG_FILES = "ulimit -f 195"  # blocks of 1024 bytes
 
 
 @pytest.mark.slow
@@ -136,7 +133,7 @@ def test_a_host_whose_checkpoint_is_not_taken_ends_all(tmp_path):
         f"--workdir={tmp_path}/run", "--config.sft.checkpoint_every=1", "--config.sft.epochs=50", "--num_processes=2",
         f"--coordinator=127.0.0.1:{port}", f"--heartbeat_timeout={HEARTBEAT}",
     )  # fmt: skip
-    codes, logs, _ = run(tmp_path, [(*given, f"--process_id={index}") for index in range(2)], no_big_files)
+    codes, logs, _ = run(tmp_path, [(*given, f"--process_id={index}") for index in range(2)], NO_BIG_FILES)
     assert "[trained/examples] 64 examples" in logs[0] and "examples" not in logs[1]
     assert codes[1] == 2 and codes[0] not in (0, 2), logs[0][-2000:]
     assert "checkpoints: cannot be written (File too large" in logs[1] and "(process 1 of 2)" in logs[1]
