@@ -36,7 +36,7 @@ def open_ours(folder: str, dtype: str) -> tuple[dict[str, Any], pinned.Do]:
 
     from selfreward_jax.config import MeshConfig
     from selfreward_jax.data.chat import load_chat
-    from selfreward_jax.loaded import attention_form, generation_mesh
+    from selfreward_jax.loaded import attention_form, generation_mesh, make_engine, products
     from selfreward_jax.model import llama
     from selfreward_jax.sampling import engine as engines
     from selfreward_jax.sampling.tokens import Sampling
@@ -48,13 +48,9 @@ def open_ours(folder: str, dtype: str) -> tuple[dict[str, Any], pinned.Do]:
     chat = load_chat(source.tokenizer, "own", source.eos_ids)
     mesh = generation_mesh(MeshConfig(), source, dtype, make_mesh(-1, 1, 1))
     params = load_params(source, mesh, dtype, GENERATION)
-    reading = llama.Compute(
-        dtype, remat="none", attention=attention_form("auto", source.config, dtype), layout="generation"
-    )
-    decoding = dataclasses.replace(reading, unroll=source.config.layers)
-    engine = engines.Engine(
-        source.config, reading, decoding, params, mesh, (), chat.vocabulary, rows=1, pad=32
-    )  # fmt: skip
+    form = attention_form("auto", source.config, dtype)
+    compute = llama.Compute(dtype, remat="none", attention=form, layout="generation", products=products())
+    engine = make_engine(source, chat, params, mesh, compute, source.config.layers, rows=1, part=1, pad=32)
 
     def sample(order: dict[str, Any]) -> Completions:
         each = order["samples"]
@@ -63,7 +59,7 @@ def open_ours(folder: str, dtype: str) -> tuple[dict[str, Any], pinned.Do]:
             for place, ids in enumerate(order["prompts"])
         ]
         rows = min(order["rows"], len(requests) * each)
-        sized = dataclasses.replace(engine, stop_ids=tuple(order["stop"]), rows=rows)
+        sized = dataclasses.replace(engine, stop_ids=tuple(order["stop"]), rows=rows, part=len(requests) * each)
         how = Sampling(order["temperature"], order["top_p"], order["tokens"])
         parts = engines.run(sized, how, requests, order["seed"], "benchmark")
         return [[list(one.ids) for one in some] for _, completions, _ in parts for some in completions]

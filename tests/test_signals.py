@@ -13,8 +13,10 @@ from selfreward_jax import signals
 
 ROOT = Path(__file__).parents[1]
 CHILD = """
-import ctypes, sys, time
+import ctypes, signal, sys, time
 from selfreward_jax import cli, signals
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it runs in the background without it
 
 def work():
     try:

@@ -61,6 +61,8 @@ def make(run: Run, model: str) -> dict[str, Any]:
         "do_sample": True,
         "temperature": run.config.responses.temperature,
         "top_p": run.config.responses.top_p,
+        "top_k": run.config.responses.top_k,  # 0 too: transformers would take 50
+        "min_p": run.config.responses.min_p or None,
     }
     export(
         params_of(run, model), run.source.config, run.chat.tokenizer, run.root / model / "model",

@@ -161,6 +161,12 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path):
     assert "does not see what process 0 writes there" in logs[0].read_text()
 
 
+# As a terminal starts a program; what a shell runs in the background begins without Ctrl-C, and bash can't take it back.
+AS_A_TERMINAL = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
+)
+
+
 @pytest.fixture
 def launcher(tmp_path):
     """A job of the launcher that trains: (the launcher's process, the file of what it prints)."""
@@ -172,7 +178,8 @@ def launcher(tmp_path):
     }
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     environment.pop("XLA_FLAGS", None)
-    command = ["bash", "launch/processes.sh", "2", "--config=configs/sft.py:tiny", f"--workdir={tmp_path / 'run'}"]
+    command = [sys.executable, "-c", AS_A_TERMINAL]
+    command += ["bash", "launch/processes.sh", "2", "--config=configs/sft.py:tiny", f"--workdir={tmp_path / 'run'}"]
     command += [*SMALL, f"--heartbeat_timeout={HEARTBEAT}"]
     said = tmp_path / "out"
     with said.open("w") as out:
