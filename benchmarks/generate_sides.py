@@ -34,23 +34,15 @@ def open_ours(folder: str, dtype: str) -> tuple[dict[str, Any], pinned.Do]:
     """This project's engine; the one place that knows its interface. An order {gemm} measures the core instead."""
     import jax
 
-    from selfreward_jax.config import MeshConfig
     from selfreward_jax.data.chat import load_chat
-    from selfreward_jax.loaded import attention_form, generation_mesh, make_engine, products
-    from selfreward_jax.model import llama
+    from selfreward_jax.loaded import open_engine
     from selfreward_jax.sampling import engine as engines
     from selfreward_jax.sampling.tokens import Sampling
-    from selfreward_jax.sharding.mesh import make_mesh
-    from selfreward_jax.sharding.rules import GENERATION
-    from selfreward_jax.weights.source import load_params, open_source
+    from selfreward_jax.weights.source import open_source
 
     source = open_source(folder)
     chat = load_chat(source.tokenizer, "own", source.eos_ids)
-    mesh = generation_mesh(MeshConfig(), source, dtype, make_mesh(-1, 1, 1))
-    params = load_params(source, mesh, dtype, GENERATION)
-    form = attention_form("auto", source.config, dtype)
-    compute = llama.Compute(dtype, remat="none", attention=form, layout="generation", products=products())
-    engine = make_engine(source, chat, params, mesh, compute, source.config.layers, rows=1, part=1, pad=32)
+    engine = open_engine(source, chat, dtype, rows=1, part=1, pad=32)
 
     def sample(order: dict[str, Any]) -> Completions:
         each = order["samples"]

@@ -48,7 +48,8 @@ def find(c: Any) -> list[str]:
     for name in _PATHS:
         value = operator.attrgetter(name)(c)
         for path in value if isinstance(value, tuple) else (value,):
-            need(not stores.refusal(path), f"{name}={path}: {stores.refusal(path)}")
+            reason = stores.refusal(path)
+            need(not reason, f"{name}={path}: {reason}")
     need(0 <= c.seed < 2**32, f"seed={c.seed}: from 0 to 2**32 - 1")
     for name, value in (
         ("param_dtype", c.model.param_dtype),

@@ -29,8 +29,7 @@ def convert(source: str, out: str, dtype: str, tokenizer: str | None = None) -> 
         a line that says what was written.
     """
     start = time.monotonic()
-    if stores.is_remote(stores.place(out, "--out")):
-        stores.listing(stores.place(out, "--out"))  # no credentials, no client: said now, not when all is loaded
+    stores.ask(stores.place(out, "--out"))  # now, not when all is loaded
     opened = open_source(source, tokenizer)
     kind = stored_dtype(opened) if dtype == "keep" else dtype
     mesh = make_mesh(-1, 1, 1)

@@ -83,8 +83,7 @@ def _check_out(name: str) -> epath.Path:
     if out.is_dir() if not remote else "/" not in name.split("://")[1].strip("/"):
         raise UserError(f"--out={name}: a folder; name a file in it, such as {out / 'answers.jsonl'}")
     probe = out.parent / f".{out.name}.probe"
-    if remote:
-        stores.listing(out.parent)  # says so when a store takes long to answer
+    stores.ask(out.parent)
     try:
         if not remote:
             out.parent.mkdir(parents=True, exist_ok=True)

@@ -36,8 +36,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.examples < 0:
         raise UserError(f"--examples={arguments.examples}: not below 0")
     root = stores.place(arguments.workdir, "workdir")
-    if stores.is_remote(root):
-        stores.listing(root)  # no credentials, no client: said now, in one line
+    stores.ask(root)
     look = artifacts.open_look(root)
     one = artifacts.choose(look, arguments.artifact) if arguments.artifact else None
     if arguments.id:

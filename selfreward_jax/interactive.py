@@ -6,20 +6,14 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
-
-from selfreward_jax.config import MeshConfig
 from selfreward_jax.data.chat import decode, encode_prompt, load_chat
 from selfreward_jax.launch import use_compilation_cache
-from selfreward_jax.loaded import attention_form, generation_mesh, make_engine, products
-from selfreward_jax.model import llama
+from selfreward_jax.loaded import open_engine
 from selfreward_jax.observe.progress import progress, say
 from selfreward_jax.sampling import engine as engines
 from selfreward_jax.sampling import stopping
 from selfreward_jax.sampling.tokens import Sampling
-from selfreward_jax.sharding.mesh import make_mesh
-from selfreward_jax.sharding.rules import GENERATION
-from selfreward_jax.weights.source import load_params, open_source
+from selfreward_jax.weights.source import open_source
 
 
 def answer(arguments: argparse.Namespace, prompts: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
@@ -48,18 +42,8 @@ def answer(arguments: argparse.Namespace, prompts: Sequence[tuple[str, str]]) ->
         )
     if not requests:
         return
-    mesh = generation_mesh(MeshConfig(), source, arguments.dtype, make_mesh(-1, 1, 1))
-    params = load_params(source, mesh, arguments.dtype, GENERATION)
-    compute = llama.Compute(
-        arguments.dtype,
-        remat="none",
-        attention=attention_form("auto", source.config, arguments.dtype),
-        layout="generation",
-        products=products(),
-    )
     rows = max(arguments.samples, min(arguments.rows, len(requests) * arguments.samples))
-    unroll = source.config.layers if jax.default_backend() == "cpu" else 1
-    engine = make_engine(source, chat, params, mesh, compute, unroll, rows, 4 * rows, pad=64)
+    engine = open_engine(source, chat, arguments.dtype, rows, 4 * rows, pad=64)
     with progress("generate", len(requests) * arguments.samples, "answers") as advance:
         width = engines.per_part(engine, requests)
         for part, completions, _ in engines.run(

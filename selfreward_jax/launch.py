@@ -78,12 +78,6 @@ def _meshes(config: Config, source: Source) -> tuple[Mesh, Mesh]:
     return mesh, loaded.generation_mesh(config.generation_mesh, source, config.model.compute_dtype, mesh)
 
 
-def _check_store(root: epath.Path) -> None:
-    """Asks a store for the run's folder once: no credentials, no client, no network is said now, in one line."""
-    if stores.is_remote(root):
-        stores.listing(root)
-
-
 def check_inputs(config: Config, root: epath.Path) -> None:
     """Reads what the user named and only a late stage needs: now, not after hours of training.
 
@@ -140,7 +134,7 @@ def start(config: Config, root: epath.Path, arguments: argparse.Namespace) -> No
     """Runs (or, for --dry_run, describes) the recipe of a config in a folder."""
     plan = recipe.stages(config)
     recipe.check_stop(plan, arguments.stop_after)
-    processes.together(lambda: _check_store(root))
+    processes.together(lambda: stores.ask(root))
     processes.each(lambda: check_inputs(config, root))
     if config.model.parameters and not arguments.dry_run:
         processes.each(lambda: estimate.check_host(config, root, config.model.parameters))

@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 from selfreward_jax.config import OWN_JUDGES, Config, MeshConfig
 from selfreward_jax.data.chat import Chat, load_chat
-from selfreward_jax.errors import UserError
+from selfreward_jax.errors import UserError, spelled
 from selfreward_jax.model import kernels, llama
 from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.observe.progress import say
@@ -28,10 +28,10 @@ def compute(run: Run, layout: str = "training") -> llama.Compute:
     """How the model runs while training or (without a backward pass) while sampling."""
     model = run.config.model
     remat = model.remat if layout == "training" else "none"
-    return llama.Compute(model.compute_dtype, model.unroll, remat, run.attention, layout, products())
+    return llama.Compute(model.compute_dtype, model.unroll, remat, run.attention, layout, _products())
 
 
-def products() -> str:
+def _products() -> str:
     """`Compute.products` for this host."""
     return "float32" if jax.default_backend() == "cpu" else ""
 
@@ -183,10 +183,8 @@ def engine(run: Run, model: str) -> engines.Engine:
 
 def open_fixed(name: str, option: str) -> Source:
     """`open_source` for a model that another option than `model.source` names."""
-    try:
+    with spelled({"--config.model.source": option}):
         return open_source(name)
-    except UserError as error:
-        raise UserError(*(line.replace("--config.model.source", option) for line in error.args)) from error
 
 
 def fixed_model(run: Run, name: str, option: str) -> tuple[engines.Engine, Chat]:
@@ -223,15 +221,30 @@ def judge_model(run: Run, before: str) -> tuple[engines.Engine, Chat]:
     return fixed_model(run, name, "--config.judge.model")
 
 
+def open_engine(source: Source, chat: Chat, dtype: str, rows: int, part: int, pad: int) -> engines.Engine:
+    """A sampler over a model outside of a run, on all devices, as is fastest on them.
+
+    Args:
+        dtype: of the weights and the computation.
+        rows, part, pad: see `Engine`.
+    """
+    mesh = generation_mesh(MeshConfig(), source, dtype, make_mesh(-1, 1, 1))
+    form = attention_form("auto", source.config, dtype)
+    reading = llama.Compute(dtype, remat="none", attention=form, layout="generation", products=_products())
+    unroll = source.config.layers if jax.default_backend() == "cpu" else 1
+    params = load_params(source, mesh, dtype, LAYOUTS["generation"][0])
+    return _make_engine(source, chat, params, mesh, reading, unroll, rows, part, pad)
+
+
 def _engine(run: Run, source: Source, chat: Chat, params: llama.Params, mesh: jax.sharding.Mesh) -> engines.Engine:
     config = run.config.engine
-    return make_engine(
+    return _make_engine(
         source, chat, params, mesh, compute(run, "generation"), run.config.model.decode_unroll, config.rows, config.part,
         config.pad,
     )  # fmt: skip
 
 
-def make_engine(
+def _make_engine(
     source: Source, chat: Chat, params: llama.Params, mesh: jax.sharding.Mesh, reading: llama.Compute, unroll: int,
     rows: int, part: int, pad: int,
 ) -> engines.Engine:  # fmt: skip

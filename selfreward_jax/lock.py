@@ -40,7 +40,7 @@ def locked(root: epath.Path) -> Iterator[None]:
 
 def _hold(root: epath.Path, held: contextlib.ExitStack) -> None:
     if stores.is_remote(root):
-        stores.listing(root)  # no credentials, no bucket: said now, in one line
+        stores.ask(root)
         held.enter_context(beating(root / ".lock.json"))
         return
     try:

@@ -164,6 +164,16 @@ def listing(folder: epath.Path) -> dict[str, int] | None:
     return {name.rsplit("/", 1)[-1]: size for name, size in names.items()}
 
 
+def ask(folder: epath.Path) -> None:
+    """Asks a store for a folder once, so that missing credentials, clients and networks are said now, in one line.
+
+    Raises:
+        UserError: as `listing`; never for a local folder.
+    """
+    if is_remote(folder):
+        listing(folder)
+
+
 @contextlib.contextmanager
 def ranges(path: epath.Path) -> Iterator[Ranges]:
     """Opens a file to be read by ranges. Nothing of it is mapped or kept; a range of a remote file is one request.

@@ -196,7 +196,7 @@ def test_answers_that_a_full_disk_refuses_at_the_end_are_kept_elsewhere(monkeypa
 
 def test_prompts_that_are_all_too_long_give_no_answers_and_read_no_weights(monkeypatch, capsys):
     monkeypatch.setattr(interactive, "use_compilation_cache", lambda folder: None)
-    monkeypatch.setattr(interactive, "load_params", lambda *_: pytest.fail("no weights are needed for nothing"))
+    monkeypatch.setattr(interactive, "open_engine", lambda *_: pytest.fail("no weights are needed for nothing"))
     found = list(interactive.answer(arguments(max_new_tokens=1532), [("a", "Why?"), ("b", "How?")]))
     assert found == []
     assert "skipped 2 of 2 prompts: longer than the context of 1536" in capsys.readouterr().out
