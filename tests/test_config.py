@@ -646,11 +646,10 @@ def decoding_program(run):
     from selfreward_jax.sampling.tokens import Sampling
 
     e = engine(run, "m0")
-    slots = decode.blank(e.config, e.decode_compute, isinstance(e.params["layers"], tuple), 2, 1, 8, 4)
-    lowered = decode.advance.lower(
-        e.config, e.decode_compute, Sampling(max_new_tokens=4), np.uint32(0), np.uint32(0), e.vocabulary, e.params, slots,
-        (), stop_table(e.stop_ids, e.vocabulary), np.int32(3), np.int32(2),
-    )  # fmt: skip
+    program = decode.Program(e.config, e.decode_compute, Sampling(max_new_tokens=4), e.vocabulary)
+    slots = decode.blank(program, e.params, 2, 1, 8)
+    inputs = decode.Inputs(e.params, np.uint32(0), np.uint32(0), (), stop_table(e.stop_ids, e.vocabulary))
+    lowered = decode.advance.lower(program, inputs, slots, 2, np.int32(3), np.int32(2), np.int32(-1))
     return lowered.as_text()
 
 

@@ -372,6 +372,8 @@ def decode_step(
     prefix: tuple[Keys, ...],
     own: Keys,
     slot: jax.Array,
+    spread: Callable[[jax.Array], jax.Array] = lambda x: x,
+    pick: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> tuple[jax.Array, Keys]:
     """Reads one token a row and writes its keys at `slot` of the rows' own cache.
 
@@ -380,21 +382,24 @@ def decode_step(
     Args:
         tokens, positions: `[B]` int32.
         prefix: caches that came before, `[L,G,K,S,H]`.
-        own: the rows' cache `[L,B,K,S,H]`; slots from `slot` on are unwritten.
+        own: the rows' cache `[L,R,K,S,H]`; a place that is not written yet has the position NOWHERE.
         slot: scalar int32, the same for all rows (positions may differ).
+        spread, pick: where B is not R: from values of the B rows `[B,...]` to those of all that have a cache
+            `[R,...]`, and back. Only attention is computed for R rows.
 
     Returns:
         hidden states `[B,D]` and the updated cache.
     """
-    slots = jnp.arange(own.positions.shape[1])
-    key_positions = jnp.where(slots[None, :] == slot, positions[:, None], own.positions)
+    slots, at = jnp.arange(own.positions.shape[1]), spread(positions)[:, None]
+    key_positions = jnp.where(slots[None, :] == slot, at, own.positions)
 
     def read(index: jax.Array, carry: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any, None]:
+        q, k, v = spread(q), spread(k), spread(v)
         all_k, all_v = (_written(cache, index, slot, new) for cache, new in zip(carry, (k, v), strict=True))
         here = Keys(all_k[index], all_v[index], key_positions)
         blocks = (*_layer(prefix, index), here)
-        out = attend(q, positions[:, None], blocks, config.sliding_window, compute.attention)
-        return out, (all_k, all_v), None
+        out = attend(q, at, blocks, config.sliding_window, compute.attention)
+        return pick(out), (all_k, all_v), None
 
     x = _embed(config, compute, params, tokens[:, None])
     x, (k, v), _ = _run_layers(config, compute, params, x, positions[:, None], read, (own.k, own.v), None)

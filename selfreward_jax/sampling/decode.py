@@ -8,6 +8,8 @@ which keys are a row's. So a slot is refilled at any time without moving or comp
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +22,37 @@ from selfreward_jax.model.attention import NOWHERE, Keys, spec_of
 from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.sampling import stopping
 from selfreward_jax.sampling.tokens import Sampling, choose, request_keys
-from selfreward_jax.sharding.rules import LAYOUTS
+from selfreward_jax.sharding.rules import LAYOUTS, mesh_axes
+
+
+class Program(NamedTuple):
+    """What is compiled.
+
+    Attributes:
+        vocabulary: tokens from here on are padding rows of the head; they are never chosen.
+    """
+
+    config: LlamaConfig
+    compute: llama.Compute
+    sampling: Sampling
+    vocabulary: int
+
+
+class Inputs(NamedTuple):
+    """What all calls of a stage read.
+
+    Attributes:
+        params: parameters in the layout of `Program.compute`; their layers stacked or apart (`llama.apart`).
+        seed, phase: scalars uint32, see `tokens.request_keys`.
+        prefix: () or one cache of a prefix that all prompts share.
+        stops: `stopping.Stops.table`.
+    """
+
+    params: llama.Params
+    seed: Any
+    phase: Any
+    prefix: tuple[Keys, ...]
+    stops: Any
 
 
 class Rows(NamedTuple):
@@ -56,7 +88,8 @@ class Slots(NamedTuple):
         prompts: keys `[L,G,K,T,H]` (or L times `[G,K,T,H]`), right padded.
         own: the rows' keys `[L,R,K,M,H]` (or L times `[R,K,M,H]`), a ring.
         steps: scalar int32, decode steps so far; its rest by M is where the ring is written next.
-        busy: scalar int32, rows that were not done, summed over the steps.
+        places: scalar int32, rows that were computed, summed over the steps.
+        busy: scalar int32, of them, those that were not done.
         fallbacks: scalar int32, tokens that needed more than the first window.
     """
 
@@ -64,6 +97,7 @@ class Slots(NamedTuple):
     own: Keys
     rows: Rows
     steps: jax.Array
+    places: jax.Array
     busy: jax.Array
     fallbacks: jax.Array
 
@@ -77,19 +111,19 @@ class Report(NamedTuple):
     tokens: jax.Array
     logps: jax.Array
     steps: jax.Array
+    places: jax.Array
     busy: jax.Array
     fallbacks: jax.Array
 
 
-@partial(jax.jit, static_argnames=("config", "compute", "apart", "slots", "samples", "time", "new"))
-def blank(
-    config: LlamaConfig, compute: llama.Compute, apart: bool, slots: int, samples: int, time: int, new: int
-) -> Slots:
-    """Slots without prompts: G = `slots`, n = `samples`, T = `time`, M = `new`; all rows are done.
+@partial(jax.jit, static_argnames=("program", "slots", "samples", "time"))
+def blank(program: Program, params: llama.Params, slots: int, samples: int, time: int) -> Slots:
+    """Slots without prompts: G = `slots`, n = `samples`, T = `time`, M = the sampling's `max_new_tokens`; all rows are done.
 
     Args:
-        apart: whether the layers of the parameters lie apart (`llama.apart`), and so those of the caches.
+        params: the caches' layers are stacked or apart as theirs are.
     """
+    config, compute, new = program.config, program.compute, program.sampling.max_new_tokens
     rules, rows = LAYOUTS[compute.layout][0], slots * samples
     split = rules["rows"]
 
@@ -97,21 +131,24 @@ def blank(
         shape, spec = (count, config.kv_heads, extent, config.head_dim), (split, rules["kv_heads"], None, None)
 
         def empty() -> Any:
-            if apart:
+            if isinstance(params["layers"], tuple):
                 return tuple(jnp.zeros(shape, compute.dtype, out_sharding=P(*spec)) for _ in range(config.layers))
             return jnp.zeros((config.layers, *shape), compute.dtype, out_sharding=P(None, *spec))
 
         return Keys(empty(), empty(), jnp.full((count, extent), NOWHERE, jnp.int32, out_sharding=P(split, None)))
 
-    def each(dtype: str, *more: int) -> jax.Array:
-        return jnp.zeros((rows, *more), dtype, out_sharding=P(split, *(None for _ in more)))
-
-    state = Rows(
-        each("int32"), each("int32"), each("int32"), each("int32"), each("int32"), ~each("bool"), each("bool"), each("int32", new),
-        each("float32", new),
-    )  # fmt: skip
     zero = jnp.zeros((), jnp.int32)
-    return Slots(cache(slots, time), cache(rows, new), state, zero, zero, zero)
+    nobody = jnp.zeros((rows,), jnp.int32, out_sharding=P(split))
+    held = _no_tokens(nobody, nobody, nobody < 1, new)
+    return Slots(cache(slots, time), cache(rows, new), held, zero, zero, zero, zero)
+
+
+def _no_tokens(requests: jax.Array, ends: jax.Array, done: jax.Array, new: int) -> Rows:
+    """R rows without a token."""
+    split = spec_of(done)[0]
+    empty = jnp.zeros((len(done), new), jnp.int32, out_sharding=P(split, None))
+    zero = jnp.zeros_like(requests)
+    return Rows(requests, ends, zero, zero, zero, done, zero > 0, empty, empty.astype(jnp.float32))
 
 
 @partial(jax.jit, static_argnames=("config", "compute"))
@@ -121,41 +158,28 @@ def prefix_keys(config: LlamaConfig, compute: llama.Compute, params: llama.Param
     return llama.prefill(config, compute, params, tokens, positions)[1]
 
 
-@partial(jax.jit, static_argnames=("config", "compute", "sampling", "vocabulary"))
+@partial(jax.jit, static_argnames=("program",))
 def read(
-    config: LlamaConfig,
-    compute: llama.Compute,
-    sampling: Sampling,
-    seed: int,
-    phase: int,
-    vocabulary: int,
-    params: llama.Params,
-    prompts: jax.Array,
-    lengths: jax.Array,
-    requests: jax.Array,
-    prefix: tuple[Keys, ...],
-    stops: jax.Array,
+    program: Program, inputs: Inputs, prompts: jax.Array, lengths: jax.Array, requests: jax.Array
 ) -> tuple[Keys, Rows, jax.Array]:
     """Reads B prompts and samples the first token of each one's n completions: one prefill a prompt.
 
     Args:
-        vocabulary: tokens from here on are padding rows of the head; they are never chosen.
         prompts: `[B,T]` int32, right padded, without the shared prefix.
         lengths: `[B]` int32; 0 marks a prompt that only fills the batch.
         requests: `[B,n]` int32.
-        prefix: () or one cache of a prefix that all prompts share.
-        stops: `stopping.Stops.table`.
 
     Returns:
         The prompts' keys `[L,B,K,T,H]`; their B x n rows, prompt by prompt; and how many of their tokens needed more
         than the first window.
     """
+    config, compute, prefix = program.config, program.compute, inputs.prefix
     split = LAYOUTS[compute.layout][0]["rows"]
     (count, time), samples = prompts.shape, requests.shape[1]
     start = prefix[0].positions.shape[1] if prefix else 0
     place = jnp.arange(time, dtype=jnp.int32)[None]
     positions = jnp.where(place < jnp.maximum(lengths, 1)[:, None], start + place, NOWHERE)
-    hidden, keys = llama.prefill(config, compute, params, prompts, positions, prefix)
+    hidden, keys = llama.prefill(config, compute, inputs.params, prompts, positions, prefix)
     row = jax.lax.broadcasted_iota(jnp.int32, (count,), 0, out_sharding=spec_of(lengths))
     last = hidden.at[row, jnp.maximum(lengths, 1) - 1].get(out_sharding=P(*spec_of(lengths), None))
 
@@ -165,14 +189,10 @@ def read(
         )
         return wide.reshape(count * samples, *x.shape[1:], out_sharding=P(split, *spec_of(x)[1:]))
 
-    logits = spread(_scores(config, compute, params, vocabulary, last))
-    blank_row = jnp.zeros((count * samples,), jnp.int32, out_sharding=P(split))
-    blank_table = jnp.zeros((count * samples, sampling.max_new_tokens), jnp.int32, out_sharding=P(split, None))
-    rows = Rows(
-        requests.reshape(-1, out_sharding=P(split)), spread(start + lengths), blank_row, blank_row, blank_row,
-        spread(lengths) == 0, blank_row > 0, blank_table, blank_table.astype(jnp.float32),
-    )  # fmt: skip
-    return keys, *_record(rows, logits, request_keys(seed, phase, rows.requests), sampling, stops)
+    logits = spread(_scores(program, llama.head_weights(config, compute, inputs.params), last))
+    asked = requests.reshape(-1, out_sharding=P(split))
+    rows = _no_tokens(asked, spread(start + lengths), spread(lengths) == 0, program.sampling.max_new_tokens)
+    return keys, *_record(rows, logits, program.sampling, inputs)
 
 
 @partial(jax.jit, donate_argnames=("slots",))
@@ -219,82 +239,111 @@ def insert(slots: Slots, keys: Keys, rows: Rows, fallbacks: jax.Array, where: ja
     )
 
 
-@partial(jax.jit, static_argnames=("config", "compute", "sampling", "vocabulary"), donate_argnames=("slots",))
+@partial(jax.jit, static_argnames=("program", "width"), donate_argnames=("slots",))
 def advance(
-    config: LlamaConfig,
-    compute: llama.Compute,
-    sampling: Sampling,
-    seed: int,
-    phase: int,
-    vocabulary: int,
-    params: llama.Params,
-    slots: Slots,
-    prefix: tuple[Keys, ...],
-    stops: jax.Array,
-    limit: jax.Array,
-    enough: jax.Array,
+    program: Program, inputs: Inputs, slots: Slots, width: int, limit: jax.Array, enough: jax.Array, few: jax.Array
 ) -> tuple[Slots, Report]:
-    """Decodes all rows, `limit` steps or until `enough` slots have no row that goes on.
+    """Decodes all rows that are not done, `limit` steps or until `enough` slots or all but `few` rows are.
 
     Args:
-        prefix: () or one cache of a prefix that all prompts share.
-        stops: `stopping.Stops.table`.
-        limit, enough: scalars int32.
+        width: rows that are computed, R or fewer: at least as many as are not done, on each shard of the rows.
+        limit, enough, few: scalars int32; `few` counts the rows of a shard and -1 is none.
     """
-    keys = request_keys(seed, phase, slots.rows.requests)
+    config, compute = program.config, program.compute
     last = slots.steps + limit
-    count = slots.prompts.positions.shape[0]
-    split = spec_of(slots.rows.done)[0]
+    count, whole = slots.prompts.positions.shape[0], slots.rows
+    split, shards = spec_of(whole.done)[0], _shards(whole.done)
+    spread, pick = _gather(whole.done, width)
 
-    def go_on(slots: Slots) -> jax.Array:
-        free = jnp.all(slots.rows.done.reshape(count, -1, out_sharding=P(split, None)), axis=1)
-        return (slots.steps < last) & (jnp.sum(free) < enough)
+    def go_on(state: tuple[Slots, jax.Array]) -> jax.Array:
+        slots, done = state
+        free = jnp.all(done.reshape(count, -1, out_sharding=P(split, None)), axis=1)
+        live = jnp.sum(~done.reshape(shards, -1, out_sharding=P(split, None)), axis=1)
+        return (slots.steps < last) & (jnp.sum(free) < enough) & (jnp.max(live) > few)
 
-    def step(slots: Slots) -> Slots:
+    def step(state: tuple[Slots, jax.Array]) -> tuple[Slots, jax.Array]:
+        slots, _ = state
         rows = slots.rows
         hidden, own = llama.decode_step(
-            config, compute, params, rows.token, rows.ends + rows.lengths - 1, (*prefix, slots.prompts), slots.own,
-            slots.steps % slots.own.positions.shape[1],
+            config, compute, inputs.params, rows.token, rows.ends + rows.lengths - 1, (*inputs.prefix, slots.prompts),
+            slots.own, slots.steps % slots.own.positions.shape[1], spread, pick,
         )  # fmt: skip
-        after, fallbacks = _record(rows, _scores(config, compute, params, vocabulary, hidden), keys, sampling, stops)
-        return Slots(
-            slots.prompts, own, after, slots.steps + 1, slots.busy + jnp.sum(~rows.done), slots.fallbacks + fallbacks
-        )
+        after, fallbacks = _record(rows, _scores(program, head, hidden), program.sampling, inputs)
+        slots = Slots(
+            slots.prompts, own, after, slots.steps + 1, slots.places + width, slots.busy + jnp.sum(~rows.done),
+            slots.fallbacks + fallbacks,
+        )  # fmt: skip
+        return slots, whole.done | spread(after.done)
 
     with jax.named_scope("decode"):
-        slots = jax.lax.while_loop(go_on, step, slots)
-    rows = slots.rows
+        head = llama.head_weights(config, compute, inputs.params)
+        start = slots._replace(rows=jax.tree.map(pick, whole))
+        slots, _ = jax.lax.while_loop(go_on, step, (start, whole.done))
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(jnp.expand_dims(whole.done, tuple(range(1, old.ndim))), old, spread(new))
+
+    rows = jax.tree.map(put, whole, slots.rows)
+    slots = slots._replace(rows=rows)
     return slots, Report(
-        rows.done, rows.stopped, rows.lengths, rows.tokens, rows.logps, slots.steps, slots.busy, slots.fallbacks
-    )
+        rows.done, rows.stopped, rows.lengths, rows.tokens, rows.logps, slots.steps, slots.places, slots.busy,
+        slots.fallbacks,
+    )  # fmt: skip
 
 
-def _scores(
-    config: LlamaConfig, compute: llama.Compute, params: llama.Params, vocabulary: int, hidden: jax.Array
-) -> jax.Array:
+Move = Callable[[jax.Array], jax.Array]
+
+
+def _gather(done: jax.Array, width: int) -> tuple[Move, Move]:
+    """How the values `[width,...]` of rows that go on are spread over all `[R,...]`, and picked out of them.
+
+    A shard's rows stay on it. What is spread to rows that are done is another row's and means nothing.
+    """
+    if width == len(done):
+        return lambda x: x, lambda x: x
+    each = width // _shards(done)
+
+    def order(done: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rows = jnp.argsort(done, stable=True)
+        return rows[:each], jnp.minimum(jnp.argsort(rows), each - 1)
+
+    split = P(spec_of(done)[0])
+    live, back = jax.shard_map(order, out_specs=(split, split), check_vma=False)(done)
+
+    def take(index: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.shard_map(lambda x, index: x[index], out_specs=spec_of(x), check_vma=False)(x, index)
+
+    return partial(take, back), partial(take, live)
+
+
+def _shards(rows: jax.Array) -> int:
+    mesh = jax.typeof(rows).sharding.mesh
+    return math.prod(mesh.shape[axis] for axis in mesh_axes(spec_of(rows)[0]))
+
+
+def _scores(program: Program, head: jax.Array, hidden: jax.Array) -> jax.Array:
     """Logits `[R,V]` of hidden states `[R,D]`, gathered over the vocabulary's axes: choosing needs whole rows."""
-    logits = llama.logits(config, llama.head_weights(config, compute, params), hidden)
+    logits = llama.logits(program.config, head, hidden)
     whole = jax.sharding.reshard(logits, P(*spec_of(hidden)[:1], None))
     return (
         whole
-        if vocabulary >= whole.shape[-1]
-        else jnp.where(jnp.arange(whole.shape[-1]) < vocabulary, whole, -jnp.inf)
+        if program.vocabulary >= whole.shape[-1]
+        else jnp.where(jnp.arange(whole.shape[-1]) < program.vocabulary, whole, -jnp.inf)
     )
 
 
-def _record(
-    rows: Rows, logits: jax.Array, keys: jax.Array, sampling: Sampling, stops: jax.Array
-) -> tuple[Rows, jax.Array]:
+def _record(rows: Rows, logits: jax.Array, sampling: Sampling, inputs: Inputs) -> tuple[Rows, jax.Array]:
     """Chooses the next token of each row that is not done and notes it; and counts those that needed a wider window."""
     live = ~rows.done
     # Rows that are done go on as certainties: their flat garbage would send the whole batch to the full sort.
     certain = jnp.arange(logits.shape[-1]) == 0
     logits = jnp.where(live[:, None] | certain, logits, -jnp.inf)
+    keys = request_keys(inputs.seed, inputs.phase, rows.requests)
     token, logp, fell_back = choose(logits, keys, rows.lengths, sampling)
     here = live[:, None] & (jnp.arange(rows.tokens.shape[1]) == rows.lengths[:, None])
     lengths = rows.lengths + live
-    state = jnp.where(live, stopping.advance(stops, rows.state, token), rows.state)
-    ended = live & stopping.ended(stops, state)
+    state = jnp.where(live, stopping.advance(inputs.stops, rows.state, token), rows.state)
+    ended = live & stopping.ended(inputs.stops, state)
     return Rows(
         rows.requests, rows.ends, jnp.where(live, token, rows.token), state, lengths,
         rows.done | ended | (lengths >= sampling.max_new_tokens), rows.stopped | ended,

@@ -4,6 +4,7 @@ The requests of a part wait in a queue, longest prompt first, so that prompts th
 that has finished its samples gets the next one. The device runs ahead: while the host looks at what one dispatch of
 steps has done, the next is already there, and it ends by itself where enough slots are free to be filled. A part is
 drained before the next begins: its results depend on nothing but its own requests, and a killed run loses one.
+Which widths and refills a part takes follows from its completions alone, never from the clock.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.sampling import decode
 from selfreward_jax.sampling.stopping import Stops, stop_table
 from selfreward_jax.sampling.tokens import Sampling
-from selfreward_jax.sharding.place import fetch, place, rows_multiple
+from selfreward_jax.sharding.place import fetch, place, replicate, rows_multiple
 from selfreward_jax.sharding.rules import LAYOUTS, Rules
 
 STEPS = 32  # of a dispatch, at most
-READ = 8  # prompts that are read together
+READ = 8  # prompts that are read together, at most: a quarter of the slots, so that few wait for others to be free
 AHEAD = 1  # dispatches that are under way while the host looks at the one before
 
 
@@ -44,6 +45,8 @@ class Engine:
         rows: completions that are decoded together.
         part: completions of a part.
         pad: prompt lengths are padded to multiples of this.
+        narrowest: when rows are done, the others go on in a half, a quarter, … of `rows`, not below this; each width
+            is a program of its own.
     """
 
     config: LlamaConfig
@@ -56,6 +59,7 @@ class Engine:
     rows: int
     part: int
     pad: int
+    narrowest: int
 
     @property
     def rules(self) -> Rules:
@@ -93,8 +97,8 @@ class Counts:
         tokens: sampled.
         fallbacks: of them, those that needed more than the first window.
         steps: of decoding.
-        places: rows times steps; those that decoded no token were lost, to samples of a prompt that ended before the
-            others and to draining.
+        places: rows that were computed, summed over the steps; those that decoded no token were lost, to samples of a
+            prompt that ended before the others and to draining.
         lost: of them.
         shapes: programs that were used.
     """
@@ -174,24 +178,16 @@ def run(
     _check(engine, sampling, requests)
     width, samples = per_part(engine, requests), len(requests[0].keys)
     shared = _shared_prefix(requests)
-    prefix: tuple[Keys, ...] | None = None
+    inputs: decode.Inputs | None = None
     for part in range(-(-len(requests) // width)):
         if part < len(skip) and skip[part]:
             continue
-        if prefix is None:
-            prefix = _read_shared(engine, shared)
+        if inputs is None:
+            table = stops.table if stops else stop_table(engine.stop_ids, engine.vocabulary)
+            inputs = _inputs(engine, seed, phase, shared, table)
         count = padded(engine, min(max(1, engine.rows // samples), width))
-        table = stops.table if stops else stop_table(engine.stop_ids, engine.vocabulary)
-        work = _Work(
-            engine,
-            sampling,
-            np.uint32(seed),
-            np.uint32(zlib.crc32(phase.encode())),
-            len(shared),
-            prefix,
-            table,
-            count,
-        )
+        program = decode.Program(engine.config, engine.compute, sampling, engine.vocabulary)
+        work = _Work(engine, program, inputs, len(shared), count)
         yield part, *_drain(work, requests[part * width : (part + 1) * width], advance)
 
 
@@ -217,6 +213,18 @@ def _shared_prefix(requests: Sequence[Request]) -> tuple[int, ...]:
     return tuple(common_prefix([request.ids for request in requests])[:limit])
 
 
+def _inputs(engine: Engine, seed: int, phase: str, shared: tuple[int, ...], table: np.ndarray) -> decode.Inputs:
+    """What the parts have in common, on the devices."""
+
+    def number(value: int) -> jax.Array:
+        return replicate(np.asarray(value, np.uint32), engine.mesh)
+
+    prefix = _read_shared(engine, shared)
+    return decode.Inputs(
+        engine.params, number(seed), number(zlib.crc32(phase.encode())), prefix, replicate(table, engine.mesh)
+    )
+
+
 def _read_shared(engine: Engine, shared: tuple[int, ...]) -> tuple[Keys, ...]:
     if not shared:
         return ()
@@ -230,19 +238,24 @@ class _Work:
     """What the dispatches of a part have in common.
 
     Attributes:
-        start: tokens of each prompt that are in `prefix`.
-        stops: `Stops.table`.
+        start: tokens of each prompt that are in the prefix.
         slots: G.
     """
 
     engine: Engine
-    sampling: Sampling
-    seed: np.uint32
-    phase: np.uint32
+    program: decode.Program
+    inputs: decode.Inputs
     start: int
-    prefix: tuple[Keys, ...]
-    stops: np.ndarray
     slots: int
+
+
+def _widths(engine: Engine, rows: int) -> list[int]:
+    """Rows that a step can be computed for, fewest first: `rows` halved as often as the engine says."""
+    shards = rows_multiple(engine.mesh, engine.rules)
+    widths = [rows]
+    while widths[0] // 2 >= engine.narrowest and widths[0] % (2 * shards) == 0:
+        widths.insert(0, widths[0] // 2)
+    return widths
 
 
 def _drain(work: _Work, requests: Sequence[Request], advance: Advance) -> tuple[list[list[Completion]], Counts]:
@@ -255,40 +268,46 @@ def _drain(work: _Work, requests: Sequence[Request], advance: Advance) -> tuple[
     held: dict[int, tuple[int, int]] = {}  # slot to its request, and the dispatch that is the first to decode it
     reports: deque[tuple[int, decode.Report]] = deque()
     out: list[list[Completion]] = [[] for _ in requests]
-    shapes: set[tuple[int, ...]] = {(work.slots, samples, time)}
+    shapes: set[tuple[int, ...]] = set()
+    decoding = work.program._replace(compute=engine.decode_compute)
+    going = np.zeros((work.slots, samples), bool)  # rows that may not be done
     dispatch = 0
-    batch = padded(engine, min(READ, work.slots))
+    batch = padded(engine, min(READ, -(-work.slots // 4)))
+    widths = _widths(engine, work.slots * samples)
     with jax.set_mesh(engine.mesh):
-        slots = decode.blank(
-            engine.config, engine.compute, isinstance(engine.params["layers"], tuple), work.slots, samples, time,
-            work.sampling.max_new_tokens,
-        )  # fmt: skip
+        slots = decode.blank(decoding, engine.params, work.slots, samples, time)
         while True:
             while waiting and sum(map(len, free)) >= min(batch, len(waiting)):
                 chosen = _choose(waiting, free, batch // shards)
                 held |= {slot: (request, dispatch) for slot, request in chosen.items()}
+                going[list(chosen)] = True
                 slots, shape = _fill(work, slots, [(slot, requests[index]) for slot, index in chosen.items()], batch)
                 shapes.add(shape)
             enough = min(batch, len(waiting)) or work.slots
+            most = int(going.reshape(shards, -1).sum(axis=1).max()) * shards
+            place_in = next(index for index, width in enumerate(widths) if width >= most)
+            few = widths[place_in - 1] // shards if place_in else -1
+            shapes.add((work.slots, samples, time, widths[place_in]))
             slots, report = decode.advance(
-                engine.config, engine.decode_compute, work.sampling, work.seed, work.phase, engine.vocabulary,
-                engine.params, slots, work.prefix, work.stops, np.int32(STEPS), np.int32(enough),
-            )  # fmt: skip
+                decoding, work.inputs, slots, widths[place_in], np.int32(STEPS), np.int32(enough), np.int32(few)
+            )
             reports.append((dispatch, report))
             dispatch += 1
             if len(reports) <= AHEAD:
                 continue
             number, report = reports.popleft()
             seen = fetch(report, engine.mesh)
-            done = seen.done.reshape(work.slots, samples).all(axis=1)
-            ended = [slot for slot, (_, first) in held.items() if done[slot] and first <= number]
+            done = seen.done.reshape(work.slots, samples)
+            seen_slots = [slot for slot, (_, first) in held.items() if first <= number]
+            going[seen_slots] = ~done[seen_slots]
+            ended = [slot for slot in seen_slots if done[slot].all()]
             for slot in ended:
                 out[held.pop(slot)[0]] = [_completion(seen, slot * samples + row) for row in range(samples)]
                 free[slot // (work.slots // shards)].append(slot)
-            steps, places = int(seen.steps), int(seen.steps) * work.slots * samples
             tokens = sum(len(one.ids) for some in out for one in some)
+            places = int(seen.places)
             lost = places - int(seen.busy)
-            counts = Counts(tokens, int(seen.fallbacks), steps, places, lost, frozenset(shapes))
+            counts = Counts(tokens, int(seen.fallbacks), int(seen.steps), places, lost, frozenset(shapes))
             if ended:
                 advance(len(ended) * samples, counts)
             if not waiting and not held:
@@ -323,11 +342,8 @@ def _fill(
         own = request.ids[work.start :]
         prompts[row, : len(own)], lengths[row], keys[row], where[row] = own, len(own), request.keys, place_there
     batches = [place(array, engine.mesh, engine.rules) for array in (prompts, lengths, keys, where)]
-    read = decode.read(
-        engine.config, engine.compute, work.sampling, work.seed, work.phase, engine.vocabulary, engine.params,
-        *batches[:3], work.prefix, work.stops,
-    )  # fmt: skip
-    return decode.insert(slots, *read, batches[3]), (batch, *keys.shape[1:], time, 1)
+    read = decode.read(work.program, work.inputs, *batches[:3])
+    return decode.insert(slots, *read, batches[3]), (batch, *keys.shape[1:], time)
 
 
 def _completion(seen: decode.Report, row: int) -> Completion:

@@ -30,6 +30,11 @@ def place(array: np.ndarray, mesh: jax.sharding.Mesh, rules: Rules = STORED) -> 
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
+def replicate(array: np.ndarray, mesh: jax.sharding.Mesh) -> jax.Array:
+    """Puts a host array whole on each device of the mesh."""
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, P()), lambda index: array[index])
+
+
 def fetch(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """Arrays on the mesh as whole numpy arrays, on every process alike (all must call this)."""
     return jax.device_get(_gather(mesh)(tree))

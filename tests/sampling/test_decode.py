@@ -46,21 +46,24 @@ def run(config, mesh, params, prompts, requests, prefix=(), sampling=SAMPLING, s
     requests = np.asarray(requests, np.int32)
     shards = rows_multiple(mesh)
     where = np.arange(len(prompts), dtype=np.int32) % (len(prompts) // shards)
-    slots = decode.blank(config, COMPUTE, False, len(prompts), requests.shape[1], TIME, sampling.max_new_tokens)
-    read = decode.read(
-        config, COMPUTE, sampling, seed, phase, config.vocab_size, params, place(tokens, mesh), place(lengths, mesh),
-        place(requests, mesh), prefix, STOPS,
-    )  # fmt: skip
+    program, inputs = called(config, params, prefix, sampling, seed, phase)
+    slots = decode.blank(program, params, len(prompts), requests.shape[1], TIME)
+    read = decode.read(program, inputs, place(tokens, mesh), place(lengths, mesh), place(requests, mesh))
     slots = decode.insert(slots, *read, place(np.where(lengths > 0, where, -1).astype(np.int32), mesh))
-    slots, report = steps(config, params, slots, prefix, sampling, seed, phase, enough=enough)
+    slots, report = steps(program, inputs, slots, enough=enough)
     return jax.tree.map(np.asarray, report)
 
 
-def steps(config, params, slots, prefix=(), sampling=SAMPLING, seed=SEED, phase=PHASE, limit=100, enough=100):
+def called(config, params, prefix=(), sampling=SAMPLING, seed=SEED, phase=PHASE):
+    """What is compiled, and what all calls read."""
+    return decode.Program(config, COMPUTE, sampling, config.vocab_size), decode.Inputs(params, seed, phase, prefix, STOPS)
+
+
+def steps(program, inputs, slots, limit=100, enough=100, few=-1, width=None):
+    width = width or len(slots.rows.done)
     return decode.advance(
-        config, UNROLLED, sampling, seed, phase, config.vocab_size, params, slots, prefix, STOPS, np.int32(limit),
-        np.int32(enough),
-    )  # fmt: skip
+        program._replace(compute=UNROLLED), inputs, slots, width, np.int32(limit), np.int32(enough), np.int32(few)
+    )
 
 
 REQUESTS = np.array([[0, 1], [2, 3], [4, 5], [6, 7]]) + 40
@@ -192,21 +195,23 @@ def test_caches_are_not_copied(small, mesh, params):
     params = params | {"layers": jax.tree.map(lambda a: jnp.concatenate([a, a]), params["layers"])}
     time, samples, new, slots = 64, 32, 64, 4
     how = dataclasses.replace(SAMPLING, max_new_tokens=new)
-    state = decode.blank(config, COMPUTE, False, slots, samples, time, new)
+    program = decode.Program(config, COMPUTE, how, 29)
+    inputs = decode.Inputs(params, 0, 0, (), stop_table(STOP[:1], 1000))
+    state = decode.blank(program, params, slots, samples, time)
     lengths = place(np.full(slots, time, np.int32), mesh)
     read = decode.read(
-        config, COMPUTE, how, 0, 0, 29, params, place(np.ones((slots, time), np.int32), mesh), lengths,
-        place(np.arange(slots * samples, dtype=np.int32).reshape(slots, samples), mesh), (), stop_table(STOP[:1], 1000),
+        program, inputs, place(np.ones((slots, time), np.int32), mesh), lengths,
+        place(np.arange(slots * samples, dtype=np.int32).reshape(slots, samples), mesh),
     )  # fmt: skip
     cache = 2 * state.own.k.nbytes
     where = place(np.arange(slots, dtype=np.int32), mesh)
     compiled = decode.insert.lower(state, *read, where).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * cache
     state = compiled(state, *read, where)
-    args = (config, UNROLLED, how, 0, 0, 29, params, state, (), stop_table(STOP[:1], 1000), np.int32(100), np.int32(slots))
-    compiled = decode.advance.lower(*args).compile()
+    more = np.int32(100), np.int32(slots), np.int32(-1)
+    compiled = decode.advance.lower(program._replace(compute=UNROLLED), inputs, state, slots * samples, *more).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 0.6 * cache
-    out = compiled(0, 0, params, state, (), stop_table(STOP[:1], 1000), np.int32(100), np.int32(slots))[1]
+    out = compiled(inputs, state, *more)[1]
     # Ids from `vocabulary` on, padding rows of the head, never appear.
     assert 20 < np.asarray(out.tokens).max() < 29
     assert np.asarray(out.lengths).max() == new
@@ -218,7 +223,8 @@ def test_caches_are_not_copied(small, mesh, params):
 
 def test_a_slot_forgets_what_it_held(sampled, small, mesh, params, prompts):
     """Two slots that are filled four times, at other steps each time, whose ring goes round more than once."""
-    slots = decode.blank(small, COMPUTE, False, 2, 2, TIME + 3, SAMPLING.max_new_tokens)
+    program, inputs = called(small, params)
+    slots = decode.blank(program, params, 2, 2, TIME + 3)
     base = np.array(completions(sampled), dtype=object).reshape(4, 2)
     found = {}
     for turn, pair in enumerate([(0, 1), (3, None), (1, 3), (None, 0)]):
@@ -228,13 +234,10 @@ def test_a_slot_forgets_what_it_held(sampled, small, mesh, params, prompts):
             if which is not None:
                 tokens[at, : len(prompts[which])], lengths[at] = prompts[which], len(prompts[which])
                 where[at], keys[at] = 1 - at, REQUESTS[which]
-        read = decode.read(
-            small, COMPUTE, SAMPLING, SEED, PHASE, small.vocab_size, params, *(place(x, mesh) for x in (tokens, lengths, keys)),
-            (), STOPS,
-        )  # fmt: skip
+        read = decode.read(program, inputs, *(place(x, mesh) for x in (tokens, lengths, keys)))
         slots = decode.insert(slots, *read, place(where, mesh))
-        slots, _ = steps(small, params, slots, limit=3)  # a dispatch ends anywhere
-        slots, report = steps(small, params, slots, limit=100, enough=2)
+        slots, _ = steps(program, inputs, slots, limit=3)  # a dispatch ends anywhere
+        slots, report = steps(program, inputs, slots, limit=100, enough=2)
         report = jax.tree.map(np.asarray, report)
         for at, which in enumerate(pair):
             if which is not None:
@@ -258,7 +261,7 @@ def test_steps_end_when_enough_slots_are_free(enough, sampled, small, mesh, para
 
 
 def test_positions_tell_whose_keys_they_are(small, mesh, params):
-    slots = decode.blank(small, COMPUTE, False, 2, 2, TIME, 8)
+    slots = decode.blank(called(small, params)[0], params, 2, 2, TIME)
     assert (np.asarray(slots.own.positions) == NOWHERE).all()
     assert (np.asarray(slots.prompts.positions) == NOWHERE).all()
     assert np.asarray(slots.rows.done).all()
