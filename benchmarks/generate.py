@@ -5,7 +5,8 @@ works at a time. After a warm-up of its own (compiling; and each rival's fastest
 round runs all sides once, beginning with another each time; medians count. All sides sample at temperature 0.7 and
 top-p 0.9 over the whole vocabulary; time runs from token ids to token ids. Greedy completions are compared beforehand.
 
-    candidates_vs_RIVAL        tokens/s of ours over the rival's: 8 prompts, 4 completions of exactly 128 tokens each
+    candidates_vs_RIVAL        tokens/s of ours over the rival's: 8 prompts, 4 completions of exactly 128 tokens each; ours
+                               computes in the precision of the rival (in bfloat16 against q8_0)
     judging_vs_RIVAL           the same for 32 judge prompts of about 530 tokens, 3 judgments of exactly 100 tokens each
     sampling_half_vs_hf_bf16   the same for 64 first turns of an OASST file (`--oasst`): 4 answers of at most 256 tokens,
                                then 3 judgments of each answer; they end when they end, so differ from side to side
@@ -36,7 +37,7 @@ from etils import epath
 
 from benchmarks import generate_measures as measures
 from benchmarks import generate_work, gguf_file, pinned
-from benchmarks.generate_measures import SIDES, WORKLOADS, Bench
+from benchmarks.generate_measures import OF_RIVAL, OURS, SIDES, WORKLOADS, Bench
 from selfreward_jax import workdir
 from selfreward_jax.cli import exit_code
 from selfreward_jax.convert import convert
@@ -57,7 +58,7 @@ def check(arguments: argparse.Namespace) -> None:
         UserError: for each option that makes no sense.
     """
     problems = [f"--{name}={getattr(arguments, name)}: at least 1" for name in COUNTS if getattr(arguments, name) < 1]
-    for name, known in (("only", tuple(WORKLOADS)), ("rivals", tuple(SIDES)[1:])):
+    for name, known in (("only", tuple(WORKLOADS)), ("rivals", tuple(OF_RIVAL))):
         asked = [word for word in getattr(arguments, name).split(",") if word]
         problems += [f"--{name}: {word!r} is none of {', '.join(known)}" for word in asked if word not in known]
         setattr(arguments, name, [word for word in known if word in asked])
@@ -76,11 +77,14 @@ def check(arguments: argparse.Namespace) -> None:
 
 def there(arguments: argparse.Namespace, config: LlamaConfig) -> list[str]:
     """The sides that take part in what is measured and can run here; a line for each rival that cannot."""
+    asked = {name for workload in arguments.only for name in WORKLOADS[workload]}
+    rivals = [name for name in arguments.rivals if name in asked]
+    compared = {OF_RIVAL[name] for name in rivals} or set(OURS)
+    if "roof" in arguments.only:
+        compared.update(WORKLOADS["roof"])
     found = []
-    for name in ("ours", *arguments.rivals):
+    for name in (*(name for name in OURS if name in compared & asked), *rivals):
         kind, dtype, needed = SIDES[name]
-        if not any(name in WORKLOADS[workload] for workload in arguments.only):
-            continue
         if importlib.util.find_spec(needed) is None:
             say(f"{name} is left out: {needed} is not installed (the extra 'bench' has it)")
         elif kind == "llamacpp" and (why := gguf_file.refusal(config, dtype)):
@@ -154,7 +158,7 @@ def main() -> int:
     option = parser.add_argument
     option("--model", default="demo", help="as convert's --source (default %(default)s: SmolLM2-135M-Instruct)")
     option("--only", default=",".join(WORKLOADS), help="workloads (default %(default)s)")
-    option("--rivals", default=",".join(tuple(SIDES)[1:]), help="who else takes part (default %(default)s)")
+    option("--rivals", default=",".join(OF_RIVAL), help="who else takes part (default %(default)s)")
     option("--rounds", type=int, default=3, help="timed runs of each side (default %(default)s)")
     option("--prompts", type=int, default=8, help="of candidates (default %(default)s)")
     option("--tokens", type=int, default=128, help="of each candidate, and for the roof (default %(default)s)")

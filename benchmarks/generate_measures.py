@@ -15,14 +15,18 @@ from selfreward_jax.observe.progress import say
 
 # side: (kind of `generate_sides.OPEN`, dtype, what must be installed)
 SIDES = {
-    "ours": ("ours", "float32", "jax"),
+    "ours_fp32": ("ours", "float32", "jax"),
+    "ours_bf16": ("ours", "bfloat16", "jax"),
     "hf_fp32": ("hf", "float32", "torch"),
     "hf_bf16": ("hf", "bfloat16", "torch"),
     **{f"llamacpp_{kind}": ("llamacpp", kind, "llama_cpp") for kind in gguf_file.KINDS},
 }
+OURS = ("ours_fp32", "ours_bf16")
+# Ours with which each rival is compared: that of its own precision. q8_0 reads fewer bytes than either.
+OF_RIVAL = {name: OURS[0 if name.endswith("32") else 1] for name in SIDES if name not in OURS}
 WORKLOADS = {
-    "candidates": tuple(SIDES), "judging": ("ours", "hf_fp32", "hf_bf16"), "sampling_half": ("ours", "hf_bf16"),
-    "roof": ("ours",),
+    "candidates": tuple(SIDES), "judging": (*OURS, "hf_fp32", "hf_bf16"), "sampling_half": ("ours_bf16", "hf_bf16"),
+    "roof": ("ours_fp32",),
 }  # fmt: skip
 GREEDY_TOKENS = 16
 GREEDY_EQUAL = 0.5  # what a float32 rival's greedy completions must at least have in common with ours
@@ -65,7 +69,7 @@ def fixed_lengths(bench: Bench, name: str, work: Work) -> dict[str, Any]:
     for side in sides:
         say(f"[{name}] warming up {side.name}")
         used, seconds = rounds.timed(lambda side=side: choice(bench, side, work))
-        if side.name == "ours":  # compiles
+        if side.name in OURS:  # compiles
             seconds = rounds.timed(lambda side=side, used=used: rounds.sample(side, work, used))[1]
         warm_up[side.name] = seconds
     once = lambda side: [rounds.sample(side, work, choice(bench, side, work))[0]]  # noqa: E731
@@ -96,7 +100,7 @@ def sampling_half(bench: Bench) -> dict[str, Any]:
     for side in sides:
         say(f"[sampling_half] warming up {side.name}")
         found = [rounds.timed(lambda side=side, kind=kind: choice(bench, side, kind))[1] for kind in (work, judged)]
-        warm_up[side.name] = rounds.timed(lambda side=side: once(side))[1] if side.name == "ours" else sum(found)
+        warm_up[side.name] = rounds.timed(lambda side=side: once(side))[1] if side.name in OURS else sum(found)
     runs = rounds.interleaved("sampling_half", sides, once, arguments.rounds)
     out = {}
     for side in sides:
@@ -117,7 +121,7 @@ def _chosen(bench: Bench, side: pinned.Side, work: Work) -> dict[str, Any]:
 
 def roof(bench: Bench) -> dict[str, Any]:
     """How much of the matrix product's own rate decoding reaches with 128 completions at once."""
-    side, arguments = bench.sides["ours"], bench.arguments
+    side, arguments = bench.sides["ours_fp32"], bench.arguments
     work = generate_work.candidates(bench.chat, ROOF_PROMPTS, arguments.tokens)
     short, rows = max(1, arguments.tokens // 4), {"rows": work.completions}
     say("[roof] warming up ours")
@@ -134,10 +138,10 @@ def roof(bench: Bench) -> dict[str, Any]:
         decoding.append((long.tokens - brief.tokens) / (long.seconds - brief.seconds))
         return [long]
 
-    runs = rounds.interleaved("roof", [side], once, arguments.rounds)["ours"]
+    runs = rounds.interleaved("roof", [side], once, arguments.rounds)[side.name]
     rate, best, flop = statistics.median(decoding), max(gemm), operations(bench.config)
     return {
-        "ours": rounds.figures([rounds.total(one) for one in runs]) | {"warm_up_seconds": sum(warm_up)},
+        side.name: rounds.figures([rounds.total(one) for one in runs]) | {"warm_up_seconds": sum(warm_up)},
         "decoding_tokens_per_second": round(rate, 2), "decoding_spread": [round(f(decoding), 2) for f in (min, max)],
         "gemm_gflops": round(best, 1), "gflop_per_token": round(flop / 1e9, 4),
         "share": round(rate * flop / 1e9 / best, 4),
@@ -151,7 +155,8 @@ def operations(config: LlamaConfig) -> int:
 
 
 def greedy_agreement(bench: Bench) -> dict[str, float]:
-    """The share of greedy tokens that each rival has in common with ours, up to each prompt's first difference.
+    """The share of greedy tokens that each other side has in common with ours in float32 (if that takes no part: in
+    bfloat16), up to each prompt's first difference.
 
     Raises:
         UserError: if a float32 rival has few: its weights are others.
@@ -167,7 +172,8 @@ def greedy_agreement(bench: Bench) -> dict[str, float]:
     for name, side in bench.sides.items():
         say(f"[greedy] {name}")
         found[name] = rounds.sample(side, work, all_at_once[SIDES[name][0]], rounds.GREEDY)[1]
-    ours = [ids for some in found.pop("ours") for ids in some]
+    first = next(name for name in OURS if name in found)
+    ours = [ids for some in found.pop(first) for ids in some]
     shares = {}
     for name, completions in found.items():
         rows = [ids for some in completions for ids in some]
@@ -183,9 +189,11 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def ratios(workload: str, figures: dict[str, Any]) -> dict[str, float]:
-    """The keys of a workload: ours over each rival, by medians."""
-    ours, out = figures["ours"], {}
-    for name in (name for name in SIDES if name in figures and name != "ours"):
+    """The keys of a workload, by medians: ours over each rival of the same precision."""
+    out = {}
+    for name, ours in ((name, figures.get(own)) for name, own in OF_RIVAL.items() if name in figures):
+        if not ours:
+            continue
         out[f"{workload}_vs_{name}"] = round(ours["tokens_per_second"] / figures[name]["tokens_per_second"], 3)
         if workload == "sampling_half":
             share = ours["completions_per_second"] / figures[name]["completions_per_second"]

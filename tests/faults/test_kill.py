@@ -1,15 +1,17 @@
 """SIGKILL at any line of the log, then start again: the same bytes as a run that was left alone.
 
 The parent reads the child's log and kills it at a line that a seeded draw chose inside one stage, so every kill is
-known to have hit before that stage ended. Real processes, real files, the `tiny` preset.
+known to have hit before that stage ended. Real processes, real files, the `tiny` preset: up to M2, whose stages are
+M3's too; the hundred kills go up to M3.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,11 +24,22 @@ from selfreward_jax.config import from_config_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 # Small enough to be killed a dozen times in CI; every stage of the recipe is there.
-CONFIG = ("--config=configs/m3.py:tiny", "--config.sft.checkpoint_every=8", "--config.check.k=1")
+SMALL = ("--config.sft.checkpoint_every=8", "--config.check.k=1")
 
 
-def command(workdir: Path, *more: str) -> list[str]:
-    return [sys.executable, "-u", "-m", "selfreward_jax.main", *CONFIG, f"--workdir={workdir}", *more]
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A run that nobody killed: up to which model, its folder, its log, and the compile cache for the others."""
+
+    model: str
+    workdir: Path
+    log: list[str]
+    cache: Path
+
+
+def command(model: str, workdir: Path, *more: str) -> list[str]:
+    config = f"--config=configs/{model}.py:tiny"
+    return [sys.executable, "-u", "-m", "selfreward_jax.main", config, *SMALL, f"--workdir={workdir}", *more]
 
 
 def environment(cache: Path) -> dict[str, str]:
@@ -44,25 +57,28 @@ def artifacts(workdir: Path) -> dict[str, str]:
     return found
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], Path]:
-    """A run that nobody kills: its folder, its log, and the compile cache for the others."""
-    base = tmp_path_factory.mktemp("kill")
+def undisturbed(model: str, base: Path) -> Whole:
     done = subprocess.run(
-        command(base / "whole"), cwd=ROOT, env=environment(base), capture_output=True, text=True, timeout=900
+        command(model, base / "whole"), cwd=ROOT, env=environment(base), capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return base / "whole", done.stdout.splitlines(), base
+    return Whole(model, base / "whole", done.stdout.splitlines(), base)
 
 
-def kill_in(stage: str, offset: int, workdir: Path, cache: Path) -> bool:
+@pytest.fixture(scope="module")
+def m2(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    return undisturbed("m2", tmp_path_factory.mktemp("kill"))
+
+
+def kill_in(whole: Whole, stage: str, offset: int, workdir: Path) -> bool:
     """Starts the run and kills it `offset` lines into a stage; whether the kill hit before the stage ended."""
     model, name = stage.split("/")
     record = workdir / model / "stages" / f"{name}.json"
-    previous = f"[{before(stage)}] d" if before(stage) else "workdir"
+    previous = f"[{before(whole, stage)}] d" if before(whole, stage) else "workdir"
     child = subprocess.Popen(
-        command(workdir), cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+        command(whole.model, workdir), cwd=ROOT, env=environment(whole.cache), stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
     inside, seen = False, 0
     assert child.stdout is not None
     for line in child.stdout:
@@ -77,90 +93,91 @@ def kill_in(stage: str, offset: int, workdir: Path, cache: Path) -> bool:
     return not record.exists()
 
 
-def all_stages() -> list[str]:
-    return [some.name for some in recipe.stages(from_config_dict(presets.get("m3", "tiny")))]
+def all_stages(model: str) -> list[str]:
+    return [some.name for some in recipe.stages(from_config_dict(presets.get(model, "tiny")))]
 
 
-def before(stage: str) -> str:
+def before(whole: Whole, stage: str) -> str:
     """The stage that ends right before this one."""
-    names = all_stages()
+    names = all_stages(whole.model)
     place = names.index(stage)
     return names[place - 1] if place else ""
 
 
-def lines_of(stage: str, log: list[str]) -> int:
+def lines_of(whole: Whole, stage: str) -> int:
     """How many lines the undisturbed run printed in this stage, but for the last two: after those it ends at once."""
-    start = next((i for i, line in enumerate(log) if line.startswith(f"[{before(stage)}] done in")), 0)
-    end = next(i for i, line in enumerate(log) if line.startswith(f"[{stage}] done in"))
+    done = f"[{before(whole, stage)}] done in"
+    start = next((i for i, line in enumerate(whole.log) if line.startswith(done)), 0)
+    end = next(i for i, line in enumerate(whole.log) if line.startswith(f"[{stage}] done in"))
     return end - start - 2
 
 
-def kills(undisturbed: tuple[Path, list[str], Path], stages: list[str], seed: int, rounds: int, into: Path) -> int:
-    """One run that is killed in each of the stages, `rounds` times over, then left to end; compares its bytes."""
-    whole, log, cache = undisturbed
+def kills(whole: Whole, seed: int, into: Path) -> int:
+    """One run that is killed in each of the stages, then left to end; compares its bytes. Returns the kills that hit."""
     draw = random.Random(seed)
     hits = 0
-    for _ in range(rounds):
-        for stage in stages:
-            hits += kill_in(stage, draw.randrange(max(1, lines_of(stage, log))), into, cache)
-    last = subprocess.run(command(into), cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=900)
+    for stage in all_stages(whole.model):
+        hits += kill_in(whole, stage, draw.randrange(max(1, lines_of(whole, stage))), into)
+    last = subprocess.run(
+        command(whole.model, into), cwd=ROOT, env=environment(whole.cache), capture_output=True, text=True, timeout=900
+    )
     assert last.returncode == 0, last.stderr[-2000:]
-    assert artifacts(into) == artifacts(whole)
+    assert artifacts(into) == artifacts(whole.workdir)
     return hits
 
 
 @pytest.mark.slow
-def test_killed_in_every_stage_gives_the_same_bytes(
-    undisturbed: tuple[Path, list[str], Path], tmp_path: Path
-) -> None:
-    stages = all_stages()
-    hits = kills(undisturbed, stages, seed=1, rounds=1, into=tmp_path / "killed")
+def test_killed_in_every_stage_gives_the_same_bytes(m2: Whole, tmp_path: Path) -> None:
+    stages = all_stages("m2")
+    hits = kills(m2, seed=1, into=tmp_path / "killed")
     assert hits == len(stages), f"{hits} of {len(stages)} kills hit inside their stage"
 
 
 @pytest.mark.slow
-def test_finished_stages_are_not_redone(undisturbed: tuple[Path, list[str], Path]) -> None:
-    whole, _, cache = undisturbed
-    before_ = {path: path.stat().st_mtime_ns for path in whole.rglob("stages/*.json")}
-    again = subprocess.run(command(whole), cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=300)
+def test_finished_stages_are_not_redone(m2: Whole) -> None:
+    before_ = {path: path.stat().st_mtime_ns for path in m2.workdir.rglob("stages/*.json")}
+    again = subprocess.run(
+        command("m2", m2.workdir), cwd=ROOT, env=environment(m2.cache), capture_output=True, text=True, timeout=300
+    )
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("done before") == len(before_) == len(all_stages())
-    assert {path: path.stat().st_mtime_ns for path in whole.rglob("stages/*.json")} == before_
+    assert again.stdout.count("done before") == len(before_) == len(all_stages("m2"))
+    assert {path: path.stat().st_mtime_ns for path in m2.workdir.rglob("stages/*.json")} == before_
 
 
 @pytest.mark.slow
-def test_a_finished_part_is_kept_and_a_cut_one_is_redone(
-    undisturbed: tuple[Path, list[str], Path], tmp_path: Path
-) -> None:
-    whole, _, cache = undisturbed
+def test_a_finished_part_is_kept_and_a_cut_one_is_redone(m2: Whole, tmp_path: Path) -> None:
     into = tmp_path / "parts"
-    stop = subprocess.run(
-        command(into, "--stop_after=m2/responses"), cwd=ROOT, env=environment(cache), capture_output=True, timeout=600
-    )
-    assert stop.returncode == 0
+    # As the run was when it had sampled the responses.
+    for name in ("config.json", "seed", "sft", "m1", "prompts"):
+        source = m2.workdir / name
+        (shutil.copytree if source.is_dir() else shutil.copy2)(source, into / name)
+    for name in ("prompts.jsonl", "responses", "stages/prompts.json", "stages/responses.json"):
+        source, target = m2.workdir / "m2" / name, into / "m2" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copy2)(source, target)
     parts = sorted((into / "m2" / "responses").iterdir())
+    assert len(parts) > 1
     parts[-1].unlink()
-    record = into / "m2" / "stages" / "responses.json"
-    saved = json.loads(record.read_text())
-    assert saved["outputs"]["m2/responses"]
     kept = {path: path.stat().st_mtime_ns for path in parts[:-1]}
     again = subprocess.run(
-        command(into, "--stop_after=m2/responses"), cwd=ROOT, env=environment(cache), capture_output=True, timeout=600
-    )
-    assert again.returncode == 0
+        command("m2", into, "--stop_after=m2/responses"), cwd=ROOT, env=environment(m2.cache), capture_output=True,
+        text=True, timeout=600,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in parts[:-1]} == kept
     for path in parts:
-        assert path.read_bytes() == (whole / path.relative_to(into)).read_bytes()
+        assert path.read_bytes() == (m2.workdir / path.relative_to(into)).read_bytes()
 
 
 @pytest.mark.full
-def test_a_hundred_kills(undisturbed: tuple[Path, list[str], Path], tmp_path: Path) -> None:
-    stages = all_stages()
+def test_a_hundred_kills(tmp_path: Path) -> None:
+    whole = undisturbed("m3", tmp_path)
+    stages = all_stages("m3")
     rounds = -(-100 // len(stages))
     total = 0
     for seed in range(rounds):
-        hits = kills(undisturbed, stages, seed=100 + seed, rounds=1, into=tmp_path / f"run-{seed}")
+        hits = kills(whole, seed=100 + seed, into=tmp_path / f"run-{seed}")
         total += hits
-        print(f"round {seed}: {hits} of {len(stages)} kills hit inside their stage")
+        print(f"round {seed}: {hits} of {len(stages)} kills hit inside their stage", flush=True)
     print(f"{total} of {rounds * len(stages)} kills hit")
     assert total >= 100

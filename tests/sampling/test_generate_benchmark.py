@@ -69,13 +69,13 @@ def test_the_sampling_half_is_left_out_without_its_file(capsys):
 def test_a_rival_that_is_not_installed_is_one_line(monkeypatch, capsys, small):
     monkeypatch.setattr(generate.importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else name)
     asked = options(only=["candidates"], rivals=["hf_bf16", "llamacpp_f32"])
-    assert generate.there(asked, small) == ["ours", "hf_bf16"]
+    assert generate.there(asked, small) == ["ours_fp32", "ours_bf16", "hf_bf16"]
     assert capsys.readouterr().out.splitlines() == [
         "llamacpp_f32 is left out: llama_cpp is not installed (the extra 'bench' has it)"
     ]
     monkeypatch.setattr(generate.importlib.util, "find_spec", lambda name: name)
     asked = options(only=["judging"], rivals=["hf_bf16", "llamacpp_f32"])
-    assert generate.there(asked, small) == ["ours", "hf_bf16"]  # nothing is asked of llama.cpp there
+    assert generate.there(asked, small) == ["ours_bf16", "hf_bf16"]  # nothing is asked of llama.cpp there
 
 
 def test_completions_of_another_length_are_an_error(monkeypatch):
@@ -115,7 +115,8 @@ def test_rounds_are_interleaved_and_medians_count():
 
 def test_ratios_are_of_tokens_and_of_completions():
     figures = {
-        "ours": {"tokens_per_second": 30.0, "completions_per_second": 1.0},
+        "ours_fp32": {"tokens_per_second": 90.0, "completions_per_second": 3.0},
+        "ours_bf16": {"tokens_per_second": 30.0, "completions_per_second": 1.0},
         "hf_bf16": {"tokens_per_second": 10.0, "completions_per_second": 0.5},
     }
     assert generate_measures.ratios("judging", figures) == {"judging_vs_hf_bf16": 3.0}
@@ -181,6 +182,6 @@ def test_a_small_run(tmp_path):
     assert figures["greedy_in_common"]["hf_fp32"] > 0.9
     for name, tokens in (("candidates", 2 * 4 * 4), ("judging", 2 * 3 * 2)):
         sides = figures["workloads"][name]
-        assert {side: one["tokens"] for side, one in sides.items()} == {"ours": [tokens], "hf_fp32": [tokens]}
+        assert {side: one["tokens"] for side, one in sides.items()} == {"ours_fp32": [tokens], "hf_fp32": [tokens]}
     assert figures["sides"]["hf_fp32"]["dtype"] == "float32"
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
