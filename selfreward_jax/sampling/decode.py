@@ -338,8 +338,9 @@ def _record(rows: Rows, logits: jax.Array, sampling: Sampling, inputs: Inputs) -
     # Rows that are done go on as certainties: their flat garbage would send the whole batch to the full sort.
     certain = jnp.arange(logits.shape[-1]) == 0
     logits = jnp.where(live[:, None] | certain, logits, -jnp.inf)
-    keys = request_keys(inputs.seed, inputs.phase, rows.requests)
-    token, logp, fell_back = choose(logits, keys, rows.lengths, sampling)
+    with jax.named_scope("choose"):
+        keys = request_keys(inputs.seed, inputs.phase, rows.requests)
+        token, logp, fell_back = choose(logits, keys, rows.lengths, sampling)
     here = live[:, None] & (jnp.arange(rows.tokens.shape[1]) == rows.lengths[:, None])
     lengths = rows.lengths + live
     state = jnp.where(live, stopping.advance(inputs.stops, rows.state, token), rows.state)
