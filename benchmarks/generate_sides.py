@@ -51,7 +51,9 @@ def open_ours(folder: str, dtype: str) -> tuple[dict[str, Any], pinned.Do]:
             for place, ids in enumerate(order["prompts"])
         ]
         rows = min(order["rows"], len(requests) * each)
-        sized = dataclasses.replace(engine, stop_ids=tuple(order["stop"]), rows=rows, part=len(requests) * each)
+        sized = dataclasses.replace(
+            engine, stop_ids=tuple(order["stop"]), rows=rows, cached=rows * 5 // 4, part=len(requests) * each
+        )
         how = Sampling(order["temperature"], order["top_p"], order["tokens"])
         parts = engines.run(sized, how, requests, order["seed"], "benchmark")
         return [[list(one.ids) for one in some] for _, completions, _ in parts for some in completions]

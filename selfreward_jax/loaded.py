@@ -259,7 +259,18 @@ def _make_engine(
         with jax.set_mesh(mesh):
             params = llama.apart(source.config, params)
     # A CPU's steps cost as much as their rows; elsewhere they cost the reading of the weights, however few the rows.
-    narrowest = 8 if jax.default_backend() == "cpu" else rows
+    cached, narrowest = (rows * 5 // 4, 8) if jax.default_backend() == "cpu" else (rows, rows)
     return engines.Engine(
-        source.config, reading, decoding, params, mesh, chat.stop_ids, chat.vocabulary, rows, part, pad, narrowest
+        source.config,
+        reading,
+        decoding,
+        params,
+        mesh,
+        chat.stop_ids,
+        chat.vocabulary,
+        rows,
+        cached,
+        part,
+        pad,
+        narrowest,
     )

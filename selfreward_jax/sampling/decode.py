@@ -243,11 +243,14 @@ def insert(slots: Slots, keys: Keys, rows: Rows, fallbacks: jax.Array, where: ja
 def advance(
     program: Program, inputs: Inputs, slots: Slots, width: int, limit: jax.Array, enough: jax.Array, few: jax.Array
 ) -> tuple[Slots, Report]:
-    """Decodes all rows that are not done, `limit` steps or until `enough` slots or all but `few` rows are.
+    """Decodes all rows that are not done.
+
+    It ends after `limit` steps, or when there is room for the samples of `enough` more prompts (a free slot, and n of
+    the `width` rows), or when no shard of the rows has more than `few` that go on.
 
     Args:
         width: rows that are computed, R or fewer: at least as many as are not done, on each shard of the rows.
-        limit, enough, few: scalars int32; `few` counts the rows of a shard and -1 is none.
+        limit, enough, few: scalars int32.
     """
     config, compute = program.config, program.compute
     last = slots.steps + limit
@@ -257,9 +260,10 @@ def advance(
 
     def go_on(state: tuple[Slots, jax.Array]) -> jax.Array:
         slots, done = state
-        free = jnp.all(done.reshape(count, -1, out_sharding=P(split, None)), axis=1)
-        live = jnp.sum(~done.reshape(shards, -1, out_sharding=P(split, None)), axis=1)
-        return (slots.steps < last) & (jnp.sum(free) < enough) & (jnp.max(live) > few)
+        done = done.reshape(shards, count // shards, -1, out_sharding=P(split, None, None))
+        free, live = jnp.sum(jnp.all(done, axis=2), axis=1), jnp.sum(~done, axis=(1, 2))
+        room = jnp.minimum(free, (width // shards - live) // done.shape[2])
+        return (slots.steps < last) & (jnp.sum(room) < enough) & (jnp.max(live) > few)
 
     def step(state: tuple[Slots, jax.Array]) -> tuple[Slots, jax.Array]:
         slots, _ = state

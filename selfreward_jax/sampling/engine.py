@@ -2,7 +2,7 @@
 
 The requests of a part wait in a queue, longest prompt first, so that prompts that are read together are alike. A slot
 that has finished its samples gets the next one. The device runs ahead: while the host looks at what one dispatch of
-steps has done, the next is already there, and it ends by itself where enough slots are free to be filled. A part is
+steps has done, the next is already there, and it ends by itself where there is room for the next prompts. A part is
 drained before the next begins: its results depend on nothing but its own requests, and a killed run loses one.
 Which widths and refills a part takes follows from its completions alone, never from the clock.
 """
@@ -42,11 +42,13 @@ class Engine:
         params: parameters on the mesh.
         stop_ids: a completion ends after one of these, where nothing else is asked for (`stopping.Stops`).
         vocabulary: ids from here on are padding rows of the head and are never sampled.
-        rows: completions that are decoded together.
+        rows: completions that are decoded together, at most.
+        cached: completions that have a place for their keys, `rows` or more: while some samples of a prompt have ended
+            and others hold its slot, those of further prompts take their rows.
         part: completions of a part.
         pad: prompt lengths are padded to multiples of this.
-        narrowest: when rows are done, the others go on in a half, a quarter, … of `rows`, not below this; each width
-            is a program of its own.
+        narrowest: when few go on they do so in a quarter of `rows`, or a quarter of that, not below this. Not in a half:
+            each width is a program of its own, and a layer takes a CPU a second to compile.
     """
 
     config: LlamaConfig
@@ -57,6 +59,7 @@ class Engine:
     stop_ids: tuple[int, ...]
     vocabulary: int
     rows: int
+    cached: int
     part: int
     pad: int
     narrowest: int
@@ -185,7 +188,7 @@ def run(
         if inputs is None:
             table = stops.table if stops else stop_table(engine.stop_ids, engine.vocabulary)
             inputs = _inputs(engine, seed, phase, shared, table)
-        count = padded(engine, min(max(1, engine.rows // samples), width))
+        count = padded(engine, min(max(1, engine.cached // samples), width))
         program = decode.Program(engine.config, engine.compute, sampling, engine.vocabulary)
         work = _Work(engine, program, inputs, len(shared), count)
         yield part, *_drain(work, requests[part * width : (part + 1) * width], advance)
@@ -249,12 +252,12 @@ class _Work:
     slots: int
 
 
-def _widths(engine: Engine, rows: int) -> list[int]:
-    """Rows that a step can be computed for, fewest first: `rows` halved as often as the engine says."""
+def _widths(engine: Engine, slots: int, samples: int) -> list[int]:
+    """Rows that a step can be computed for, fewest first: the engine's, and quarters of them as often as it says."""
     shards = rows_multiple(engine.mesh, engine.rules)
-    widths = [rows]
-    while widths[0] // 2 >= engine.narrowest and widths[0] % (2 * shards) == 0:
-        widths.insert(0, widths[0] // 2)
+    widths = [max(min(engine.rows, slots * samples) // shards, samples) * shards]
+    while widths[0] // 4 >= engine.narrowest and widths[0] % (4 * shards) == 0:
+        widths.insert(0, widths[0] // 4)
     return widths
 
 
@@ -272,21 +275,26 @@ def _drain(work: _Work, requests: Sequence[Request], advance: Advance) -> tuple[
     decoding = work.program._replace(compute=engine.decode_compute)
     going = np.zeros((work.slots, samples), bool)  # rows that may not be done
     dispatch = 0
-    batch = padded(engine, min(READ, -(-work.slots // 4)))
-    widths = _widths(engine, work.slots * samples)
+    widths = _widths(engine, work.slots, samples)
+    most = widths[-1] // shards  # rows of a shard
+    batch = min(padded(engine, min(READ, -(-work.slots // 4))), most // samples * shards)
     with jax.set_mesh(engine.mesh):
         slots = decode.blank(decoding, engine.params, work.slots, samples, time)
         while True:
-            while waiting and sum(map(len, free)) >= min(batch, len(waiting)):
-                chosen = _choose(waiting, free, batch // shards)
+            while waiting:
+                live = going.reshape(shards, -1).sum(axis=1)
+                room = [min(len(ours), (most - int(rows)) // samples) for ours, rows in zip(free, live, strict=True)]
+                if sum(room) < min(batch, len(waiting)):
+                    break
+                chosen = _choose(waiting, free, [min(more, batch // shards) for more in room])
                 held |= {slot: (request, dispatch) for slot, request in chosen.items()}
                 going[list(chosen)] = True
                 slots, shape = _fill(work, slots, [(slot, requests[index]) for slot, index in chosen.items()], batch)
                 shapes.add(shape)
-            enough = min(batch, len(waiting)) or work.slots
-            most = int(going.reshape(shards, -1).sum(axis=1).max()) * shards
-            place_in = next(index for index, width in enumerate(widths) if width >= most)
-            few = widths[place_in - 1] // shards if place_in else -1
+            live = int(going.reshape(shards, -1).sum(axis=1).max()) * shards
+            place_in = next(index for index, width in enumerate(widths) if width >= live)
+            few = widths[place_in - 1] // shards if place_in else 0
+            enough = min(batch, len(waiting)) or work.slots + 1  # none waits: until few go on
             shapes.add((work.slots, samples, time, widths[place_in]))
             slots, report = decode.advance(
                 decoding, work.inputs, slots, widths[place_in], np.int32(STEPS), np.int32(enough), np.int32(few)
@@ -314,11 +322,11 @@ def _drain(work: _Work, requests: Sequence[Request], advance: Advance) -> tuple[
                 return out, counts
 
 
-def _choose(waiting: deque[int], free: Sequence[deque[int]], each: int) -> dict[int, int]:
-    """Free slots, at most `each` of a shard, to the requests that are next."""
+def _choose(waiting: deque[int], free: Sequence[deque[int]], room: Sequence[int]) -> dict[int, int]:
+    """Free slots, as many of each shard as it has room for, to the requests that are next."""
     chosen = {}
-    for shard in free:
-        for _ in range(min(each, len(shard), len(waiting))):
+    for shard, count in zip(free, room, strict=True):
+        for _ in range(min(count, len(waiting))):
             chosen[shard.popleft()] = waiting.popleft()
     return chosen
 

@@ -24,7 +24,7 @@ from selfreward_jax.config import from_config_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 # Small enough to be killed a dozen times in CI; every stage of the recipe is there.
-SMALL = ("--config.sft.checkpoint_every=8", "--config.check.k=1")
+SMALL = ("--config.sft.checkpoint_every=8", "--config.check.k=1", "--config.engine.part=16")  # two parts of responses
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,7 @@ def prompts(small):
     return [np.concatenate([start, rng.integers(0, small.vocab_size, size=n)]) if n else [] for n in (4, 1, 0, 3)]
 
 
-def run(config, mesh, params, prompts, requests, prefix=(), sampling=SAMPLING, seed=SEED, phase=PHASE, enough=100):
+def run(config, mesh, params, prompts, requests, prefix=(), sampling=SAMPLING, seed=SEED, phase=PHASE, enough=100, few=0):
     """All prompts into slots of their own, and all their rows to the end, or until `enough` slots are free."""
     tokens = np.zeros((len(prompts), TIME), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -50,7 +50,7 @@ def run(config, mesh, params, prompts, requests, prefix=(), sampling=SAMPLING, s
     slots = decode.blank(program, params, len(prompts), requests.shape[1], TIME)
     read = decode.read(program, inputs, place(tokens, mesh), place(lengths, mesh), place(requests, mesh))
     slots = decode.insert(slots, *read, place(np.where(lengths > 0, where, -1).astype(np.int32), mesh))
-    slots, report = steps(program, inputs, slots, enough=enough)
+    slots, report = steps(program, inputs, slots, enough=enough, few=few)
     return jax.tree.map(np.asarray, report)
 
 
@@ -59,7 +59,7 @@ def called(config, params, prefix=(), sampling=SAMPLING, seed=SEED, phase=PHASE)
     return decode.Program(config, COMPUTE, sampling, config.vocab_size), decode.Inputs(params, seed, phase, prefix, STOPS)
 
 
-def steps(program, inputs, slots, limit=100, enough=100, few=-1, width=None):
+def steps(program, inputs, slots, limit=100, enough=100, few=0, width=None):
     width = width or len(slots.rows.done)
     return decode.advance(
         program._replace(compute=UNROLLED), inputs, slots, width, np.int32(limit), np.int32(enough), np.int32(few)
@@ -98,7 +98,7 @@ def test_lengths_and_stops(sampled):
             assert (sampled.logps[row, :length] < 0).all()
         assert not tokens[length:].any()
         assert not sampled.logps[row, length:].any()
-    assert sampled.steps == 100  # `enough` slots are never free
+    assert sampled.steps == sampled.lengths.max() - 1  # and ends when none goes on
     assert sampled.busy == sampled.lengths.sum() - 6  # the first token of each is sampled while the prompt is read
     assert sampled.done.all()
 
@@ -258,6 +258,13 @@ def test_steps_end_when_enough_slots_are_free(enough, sampled, small, mesh, para
     assert 0 < ends[1] < ends[3]
     out = run(small, mesh, params, prompts, REQUESTS, enough=enough)
     assert out.steps == max(ends[enough - 1] - 1, 0)
+
+
+@pytest.mark.parametrize("few", [0, 1, 3])
+def test_steps_end_when_few_rows_go_on(few, sampled, small, mesh, params, prompts):
+    ends = np.sort(sampled.lengths)[::-1]
+    out = run(small, mesh, params, prompts, REQUESTS, few=few)
+    assert out.steps == ends[few] - 1
 
 
 def test_positions_tell_whose_keys_they_are(small, mesh, params):

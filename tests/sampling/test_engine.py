@@ -21,11 +21,14 @@ GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=6, window=64)
 MESHES = [(1, 1, 1), (2, 1, 1), (2, 2, 2), (1, 8, 1)]
 
 
-def opened(mesh_of, shape, rows, part, narrowest=1):
+def opened(mesh_of, shape, rows, part, narrowest=1, cached=None):
     mesh = mesh_of(shape)
     source = open_source("random:tiny")
     params = load_params(source, mesh, "float32", GENERATION)
-    return Engine(source.config, COMPUTE, COMPUTE, params, mesh, (2,), source.config.vocab_size, rows, part, 16, narrowest)
+    vocabulary = source.config.vocab_size
+    return Engine(
+        source.config, COMPUTE, COMPUTE, params, mesh, (2,), vocabulary, rows, cached or rows, part, 16, narrowest
+    )
 
 
 def requests(count, samples):
@@ -39,7 +42,7 @@ def requests(count, samples):
 @pytest.mark.parametrize(("count", "samples", "rows", "width"), [(96, 3, 64, 21), (5, 3, 64, 5), (9, 4, 2, 1)])
 def test_the_requests_of_a_part_are_the_same_on_every_mesh(mesh_of, count, samples, rows, width):
     for shape in MESHES:
-        made = Engine(None, COMPUTE, COMPUTE, None, mesh_of(shape), (), 1, 2, rows, 16, 1)  # type: ignore[arg-type]
+        made = Engine(None, COMPUTE, COMPUTE, None, mesh_of(shape), (), 1, 2, 2, rows, 16, 1)  # type: ignore[arg-type]
         assert engines.per_part(made, requests(count, samples)) == width
         assert engines.padded(made, width) % shape[0] == 0
         assert width <= engines.padded(made, width) < width + 8
@@ -120,7 +123,7 @@ def alone(mesh_of):
     [((1, 1, 1), 6, 100), ((1, 1, 1), 33, 100), ((1, 1, 1), 100, 15), ((2, 1, 1), 12, 100), ((4, 2, 1), 9, 18), ((2, 2, 2), 6, 27)],
 )  # fmt: skip
 def test_slots_parts_and_meshes_change_nothing(alone, mesh_of, shape, rows, part):
-    found, total, told = sampled(stopping(opened(mesh_of, shape, rows, part)), requests(11, 3))
+    found, total, told = sampled(stopping(opened(mesh_of, shape, rows, part, cached=rows * 3 // 2)), requests(11, 3))
     assert_alike(found, alone)
     assert sum(count for count, _ in told) == 33
     assert total.tokens == sum(len(one.ids) for some in found for one in some)
@@ -131,28 +134,28 @@ def test_slots_parts_and_meshes_change_nothing(alone, mesh_of, shape, rows, part
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
 def test_rows_that_go_on_are_computed_in_fewer(alone, mesh_of, shape):
-    """The same completions at the same steps, in a part of the places."""
-    wide, narrow = (
-        sampled(stopping(opened(mesh_of, shape, 24, 100, narrowest)), requests(11, 3)) for narrowest in (24, 3)
+    """The same completions, in a part of the places."""
+    wide, narrow, spare = (
+        sampled(stopping(opened(mesh_of, shape, 24, 100, narrowest, cached)), requests(11, 3))
+        for narrowest, cached in ((24, 24), (6, 24), (6, 33))
     )
-    assert_alike(wide[0], alone)
-    assert_alike(narrow[0], alone)
-    assert {shape[3] for shape in wide[1].shapes if len(shape) == 4} == {24}
-    widths = {(1, 1, 1): {3, 6, 12, 24}, (2, 2, 2): {6, 12, 24}}[shape]
-    assert {shape[3] for shape in narrow[1].shapes if len(shape) == 4} == widths
-    assert narrow[1].places - narrow[1].lost == wide[1].places - wide[1].lost
-    assert narrow[1].lost < wide[1].lost / 2
+    for (found, counts, _), used in ((wide, {24}), (narrow, {6, 24} if shape == (1, 1, 1) else {24}), (spare, {24})):
+        assert_alike(found, alone)
+        assert used <= {shape[3] for shape in counts.shapes if len(shape) == 4} <= {6, 24}
+        assert counts.places - counts.lost == counts.tokens - 33
+    assert narrow[1].lost <= wide[1].lost
+    assert spare[1].lost < 0.5 * wide[1].lost and spare[1].steps < wide[1].steps
 
 
-def test_widths_halve_while_every_shard_keeps_whole_rows(mesh_of):
-    def widths(shape, rows, narrowest):
-        return engines._widths(opened(mesh_of, shape, rows, rows, narrowest), rows)
-
-    assert widths((1, 1, 1), 48, 8) == [12, 24, 48]
-    assert widths((1, 1, 1), 48, 48) == [48]
-    assert widths((1, 1, 1), 9, 1) == [9]
-    assert widths((2, 2, 2), 24, 1) == [6, 12, 24]  # rows lie on 2 shards
-
+@pytest.mark.parametrize(
+    ("shape", "rows", "samples", "narrowest", "widths"),
+    [
+        ((1, 1, 1), 48, 4, 8, [12, 48]), ((1, 1, 1), 48, 4, 48, [48]), ((1, 1, 1), 9, 3, 1, [9]), ((2, 2, 2), 24, 3, 1, [6, 24]),
+        ((4, 2, 1), 9, 3, 1, [12]), ((4, 2, 1), 1000, 3, 1, [120]),
+    ],
+)  # fmt: skip
+def test_widths_are_quartered_while_every_shard_keeps_whole_rows(mesh_of, shape, rows, samples, narrowest, widths):
+    assert engines._widths(opened(mesh_of, shape, rows, rows, narrowest), 40, samples) == widths
 
 
 def test_layers_that_lie_apart_change_nothing(alone, mesh_of):
