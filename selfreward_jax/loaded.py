@@ -258,6 +258,8 @@ def _make_engine(
     if decoding.unroll == source.config.layers:
         with jax.set_mesh(mesh):
             params = llama.apart(source.config, params)
+    elif jax.default_backend() == "tpu":
+        params = llama.heads_apart(params)
     # A CPU's steps cost as much as their rows; elsewhere they cost the reading of the weights, however few the rows.
     cached, narrowest = (rows * 5 // 4, 8) if jax.default_backend() == "cpu" else (rows, rows)
     return engines.Engine(

@@ -165,6 +165,15 @@ def test_layers_that_lie_apart_change_nothing(alone, mesh_of):
     assert_alike(sampled(made, requests(11, 3))[0], alone)
 
 
+def test_heads_that_lie_apart_change_nothing(alone, mesh_of):
+    """The layout of q for a TPU, in which a CPU computes too."""
+    made = stopping(opened(mesh_of, (2, 2, 2), 9, 100))
+    turned = llama.heads_apart(made.params)
+    q, was = (params["layers"]["attention"]["q"] for params in (turned, made.params))
+    assert q.format.layout.major_to_minor == (0, 2, 1, 3) and q.sharding == was.sharding
+    assert_alike(sampled(dataclasses.replace(made, params=turned), requests(11, 3))[0], alone)
+
+
 def test_a_prefix_that_all_share_is_the_only_one_read_apart(alone, mesh_of, monkeypatch):
     made, lengths = stopping(opened(mesh_of, (1, 1, 1), 9, 15)), []
     read_shared = engines._read_shared
