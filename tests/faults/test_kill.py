@@ -147,7 +147,7 @@ def test_finished_stages_are_not_redone(m2: Whole) -> None:
 @pytest.mark.slow
 def test_a_finished_part_is_kept_and_a_cut_one_is_redone(m2: Whole, tmp_path: Path) -> None:
     into = tmp_path / "parts"
-    # As the run was when it had sampled the responses.
+    into.mkdir()  # as the run was when it had sampled the responses
     for name in ("config.json", "seed", "sft", "m1", "prompts"):
         source = m2.workdir / name
         (shutil.copytree if source.is_dir() else shutil.copy2)(source, into / name)
