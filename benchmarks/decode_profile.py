@@ -46,11 +46,16 @@ WRAPPERS = ("while", "call", "condition", "body")  # events that hold others
 
 
 def scopes_of(program: str) -> dict[str, str]:
-    """The part of the model that each instruction of a compiled program's text belongs to."""
+    """The part of the model that each instruction of a compiled program's text belongs to.
+
+    Those that the compiler put there itself belong to none: "copies", if they are that, or "other".
+    """
     found = {}
-    for name, path in re.findall(r'%?([\w.\-]+) = .*op_name="([^"]*)"', program):
-        parts = path.split("/")
-        found[name] = next((scope for scope in SCOPES if scope in parts), "other")
+    for name, operation, rest in re.findall(r"%?([\w.\-]+) = [^=]*? ([\w\-]+)\((.*)", program):
+        path = re.search(r'op_name="([^"]*)"', rest)
+        parts = path[1].split("/") if path else []
+        nowhere = "copies" if operation.startswith("copy") or "copy" in name else "other"
+        found[name] = next((scope for scope in SCOPES if scope in parts), nowhere)
     return found
 
 

@@ -147,26 +147,36 @@ def test_finished_stages_are_not_redone(m2: Whole) -> None:
 @pytest.mark.slow
 def test_a_finished_part_is_kept_and_a_cut_one_is_redone(m2: Whole, tmp_path: Path) -> None:
     into = tmp_path / "parts"
-    into.mkdir()  # as the run was when it had sampled the responses
+    into.mkdir()  # as the run was when it had its prompts
     for name in ("config.json", "seed", "sft", "m1", "prompts"):
         source = m2.workdir / name
         (shutil.copytree if source.is_dir() else shutil.copy2)(source, into / name)
-    for name in ("prompts.jsonl", "responses", "stages/prompts.json", "stages/responses.json"):
-        source, target = m2.workdir / "m2" / name, into / "m2" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        (shutil.copytree if source.is_dir() else shutil.copy2)(source, target)
-    parts = sorted((into / "m2" / "responses").iterdir())
-    assert len(parts) > 1
-    parts[-1].unlink()
-    kept = {path: path.stat().st_mtime_ns for path in parts[:-1]}
+    (into / "m2" / "stages").mkdir(parents=True)
+    for name in ("prompts.jsonl", "stages/prompts.json"):
+        shutil.copy2(m2.workdir / "m2" / name, into / "m2" / name)
+    killed = subprocess.Popen(
+        command("m2", into), cwd=ROOT, env=environment(m2.cache), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert killed.stdout is not None
+    for line in killed.stdout:
+        if line.startswith("[m2/responses] 32/32"):  # the first part is written, the second is about to be
+            break
+    killed.send_signal(signal.SIGKILL)
+    killed.stdout.close()
+    killed.wait()
+    assert not (into / "m2" / "stages" / "responses.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in (into / "m2" / "responses").iterdir() if path.suffix == ".jsonl"}
+    assert into / "m2" / "responses" / "part-00000-of-00002.jsonl" in kept
     again = subprocess.run(
         command("m2", into, "--stop_after=m2/responses"), cwd=ROOT, env=environment(m2.cache), capture_output=True,
         text=True, timeout=600,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
-    assert {path: path.stat().st_mtime_ns for path in parts[:-1]} == kept
-    for path in parts:
-        assert path.read_bytes() == (m2.workdir / path.relative_to(into)).read_bytes()
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    whole = sorted((m2.workdir / "m2" / "responses").iterdir())
+    assert len(whole) == 2
+    for path in whole:
+        assert path.read_bytes() == (into / path.relative_to(m2.workdir)).read_bytes()
 
 
 @pytest.mark.full
