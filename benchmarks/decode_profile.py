@@ -91,7 +91,7 @@ def profile(arguments: argparse.Namespace) -> dict[str, Any]:
         read = decode.read(program, inputs, *(place(x, made.mesh, made.rules) for x in (prompts, lengths, keys)))
         slots = decode.insert(slots, *read, place(np.arange(count, dtype=np.int32), made.mesh, made.rules))
         decoding = program._replace(compute=made.decode_compute)
-        more = np.int32(arguments.steps), np.int32(count + 1), np.int32(0)
+        more = tuple(map(np.int32, (arguments.steps, count + 1, rows, 0)))
         compiled = decode.advance.lower(decoding, inputs, slots, rows, *more).compile()
         timings = []
         for _ in range(arguments.rounds):

@@ -67,7 +67,7 @@ def compiled(topology: str, tensor: int, slots: int, samples: int, prompt: int, 
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda params: decode.blank(program, params, slots, samples, prompt), params)
         held = jax.tree.map(lambda a: there(a, a.sharding.spec if a.sharding else P()), shapes)
-        steps = [there(jax.ShapeDtypeStruct((), "int32"))] * 3
+        steps = [there(jax.ShapeDtypeStruct((), "int32"))] * 4
         lowered = decode.advance.lower(program, inputs, held, slots * samples, *steps)
         made = lowered.compile(compiler_options={"xla_tpu_offload_gather_to_sparsecore": "false"})
 

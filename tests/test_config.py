@@ -649,7 +649,7 @@ def decoding_program(run):
     program = decode.Program(e.config, e.decode_compute, Sampling(max_new_tokens=4), e.vocabulary)
     slots = decode.blank(program, e.params, 2, 1, 8)
     inputs = decode.Inputs(e.params, np.uint32(0), np.uint32(0), (), stop_table(e.stop_ids, e.vocabulary))
-    lowered = decode.advance.lower(program, inputs, slots, 2, np.int32(3), np.int32(2), np.int32(0))
+    lowered = decode.advance.lower(program, inputs, slots, 2, *map(np.int32, (3, 3, 2, 0)))
     return lowered.as_text()
 
 

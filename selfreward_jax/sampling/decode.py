@@ -241,16 +241,17 @@ def insert(slots: Slots, keys: Keys, rows: Rows, fallbacks: jax.Array, where: ja
 
 @partial(jax.jit, static_argnames=("program", "width"), donate_argnames=("slots",))
 def advance(
-    program: Program, inputs: Inputs, slots: Slots, width: int, limit: jax.Array, enough: jax.Array, few: jax.Array
-) -> tuple[Slots, Report]:
+    program: Program, inputs: Inputs, slots: Slots, width: int, limit: jax.Array, enough: jax.Array, most: jax.Array,
+    few: jax.Array,
+) -> tuple[Slots, Report]:  # fmt: skip
     """Decodes all rows that are not done.
 
-    It ends after `limit` steps, or when there is room for the samples of `enough` more prompts (a free slot, and n of
-    the `width` rows), or when no shard of the rows has more than `few` that go on.
+    It ends after `limit` steps, or when there is room for `enough` more prompts (each a free slot, and n of the `most`
+    rows of a shard that may go on at once), or when no shard has more than `few` rows that go on.
 
     Args:
         width: rows that are computed, R or fewer: at least as many as are not done, on each shard of the rows.
-        limit, enough, few: scalars int32.
+        limit, enough, most, few: scalars int32.
     """
     config, compute = program.config, program.compute
     last = slots.steps + limit
@@ -262,7 +263,7 @@ def advance(
         slots, done = state
         done = done.reshape(shards, count // shards, -1, out_sharding=P(split, None, None))
         free, live = jnp.sum(jnp.all(done, axis=2), axis=1), jnp.sum(~done, axis=(1, 2))
-        room = jnp.minimum(free, (width // shards - live) // done.shape[2])
+        room = jnp.minimum(free, (most - live) // done.shape[2])
         return (slots.steps < last) & (jnp.sum(room) < enough) & (jnp.max(live) > few)
 
     def step(state: tuple[Slots, jax.Array]) -> tuple[Slots, jax.Array]:

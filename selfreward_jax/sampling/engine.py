@@ -297,7 +297,7 @@ def _drain(work: _Work, requests: Sequence[Request], advance: Advance) -> tuple[
             enough = min(batch, len(waiting)) or work.slots + 1  # none waits: until few go on
             shapes.add((work.slots, samples, time, widths[place_in]))
             slots, report = decode.advance(
-                decoding, work.inputs, slots, widths[place_in], np.int32(STEPS), np.int32(enough), np.int32(few)
+                decoding, work.inputs, slots, widths[place_in], *map(np.int32, (STEPS, enough, most, few))
             )
             reports.append((dispatch, report))
             dispatch += 1

@@ -62,7 +62,7 @@ def called(config, params, prefix=(), sampling=SAMPLING, seed=SEED, phase=PHASE)
 def steps(program, inputs, slots, limit=100, enough=100, few=0, width=None):
     width = width or len(slots.rows.done)
     return decode.advance(
-        program._replace(compute=UNROLLED), inputs, slots, width, np.int32(limit), np.int32(enough), np.int32(few)
+        program._replace(compute=UNROLLED), inputs, slots, width, *map(np.int32, (limit, enough, 1000, few))
     )
 
 
@@ -208,7 +208,7 @@ def test_caches_are_not_copied(small, mesh, params):
     compiled = decode.insert.lower(state, *read, where).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * cache
     state = compiled(state, *read, where)
-    more = np.int32(100), np.int32(slots), np.int32(-1)
+    more = tuple(map(np.int32, (100, slots + 1, 1000, 0)))
     compiled = decode.advance.lower(program._replace(compute=UNROLLED), inputs, state, slots * samples, *more).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 0.6 * cache
     out = compiled(inputs, state, *more)[1]
