@@ -23,25 +23,23 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from benchmarks import pinned
+from benchmarks.figures import hand_over, scope_of
 from benchmarks.generate_measures import operations
 from benchmarks.generate_sides import XLA_POOL, gemm
-from selfreward_jax import workdir
 from selfreward_jax.cli import exit_code
 from selfreward_jax.data.chat import load_chat
 from selfreward_jax.errors import UserError
 from selfreward_jax.loaded import open_engine
+from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.observe.progress import say
 from selfreward_jax.sampling import decode
 from selfreward_jax.sampling.stopping import stop_table
 from selfreward_jax.sampling.tokens import Sampling
 from selfreward_jax.sharding.place import place, replicate
-from selfreward_jax.weights.source import open_source
+from selfreward_jax.weights.source import Source, open_source
 
-# The model's own scopes, innermost first: an instruction belongs to the first that its name holds.
-SCOPES = ("rope", "attention_out", "attention", "qkv", "mlp", "head", "embed", "choose", "block")
 WRAPPERS = ("while", "call", "condition", "body")  # events that hold others
 
 
@@ -52,10 +50,8 @@ def scopes_of(program: str) -> dict[str, str]:
     """
     found = {}
     for name, operation, rest in re.findall(r"%?([\w.\-]+) = [^=]*? ([\w\-]+)\((.*)", program):
-        path = re.search(r'op_name="([^"]*)"', rest)
-        parts = path[1].split("/") if path else []
         nowhere = "copies" if operation.startswith("copy") or "copy" in name else "other"
-        found[name] = next((scope for scope in SCOPES if scope in parts), nowhere)
+        found[name] = scope_of(rest, nowhere)
     return found
 
 
@@ -70,9 +66,8 @@ def seconds_by_scope(folder: Path, scopes: dict[str, str]) -> dict[str, float]:
     return dict(total)
 
 
-def profile(arguments: argparse.Namespace) -> dict[str, Any]:
+def profile(arguments: argparse.Namespace, source: Source) -> dict[str, Any]:
     """Milliseconds of a step, in all and by scope."""
-    source = open_source(arguments.model)
     chat = load_chat(source.tokenizer, "own", source.eos_ids)
     rows, samples, config = arguments.rows, arguments.samples, source.config
     made = open_engine(source, chat, arguments.dtype, rows, rows, pad=32)
@@ -113,7 +108,7 @@ def profile(arguments: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def roof(config: Any, rows: int) -> dict[str, Any]:
+def roof(config: LlamaConfig, rows: int) -> dict[str, Any]:
     """What the matrices of a step would take at the roof's rate, by scope."""
     best, d, f = gemm(config.embed, config.ffn), config.embed, config.ffn
     heads, kv = config.q_heads * config.head_dim, config.kv_heads * config.head_dim
@@ -133,8 +128,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.tokens < needed:
         raise UserError(f"--tokens={arguments.tokens}: at least {needed} for these --steps and --rounds")
     jax.config.update("jax_platforms", "cpu")
-    found = profile(arguments)
-    found |= roof(open_source(arguments.model).config, arguments.rows)
+    source = open_source(arguments.model)
+    found = profile(arguments, source) | roof(source.config, arguments.rows)
     say(f"{'part':>14} {'ms':>8} {'share':>6} {'at the roof':>12}")
     for name, taken in found["by_scope_ms"].items():
         at_roof = found["roof_ms"].get(name)
@@ -143,10 +138,7 @@ def run(arguments: argparse.Namespace) -> None:
     found["roof_share"] = round(sum(found["roof_ms"].values()) / found["step_ms"], 3)
     asked = {name: getattr(arguments, name) for name in ("model", "dtype", "rows", "samples", "prompt", "tokens", "steps")}
     found |= {"settings": asked, "cpu": pinned.cpu_name(), "jax": jax.__version__}
-    line = json.dumps(found)
-    if arguments.out:
-        workdir.write_text(epath.Path(arguments.out), json.dumps(found, indent=2) + "\n")
-    say(line)
+    hand_over(found, arguments.out)
 
 
 def main() -> int:

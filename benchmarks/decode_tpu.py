@@ -13,7 +13,6 @@ The last line is one JSON object.
 
 import argparse
 import collections
-import json
 import math
 import re
 import sys
@@ -21,12 +20,11 @@ import time
 from typing import Any
 
 import jax
-from etils import epath
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from selfreward_jax import workdir
+from benchmarks.figures import hand_over, scope_of
 from selfreward_jax.cli import exit_code
 from selfreward_jax.errors import UserError
 from selfreward_jax.model import llama
@@ -61,7 +59,7 @@ def compiled(topology: str, tensor: int, slots: int, samples: int, prompt: int, 
 
     axes = llama.logical_axes(config)
     params = jax.tree.map(lambda a, names: there(a, spec(names, rules)), llama.abstract(config, "bfloat16"), axes)
-    params = llama.heads_apart(params)
+    params = llama.heads_apart(params, lambda a, form: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=form))
     number, table = (there(jax.ShapeDtypeStruct(*one)) for one in (((), "uint32"), ((2, config.vocab_size), "uint8")))
     inputs = decode.Inputs(params, number, number, (), table)
     with jax.set_mesh(mesh):
@@ -109,8 +107,7 @@ def cycles(program: str) -> tuple[dict[str, float], int]:
         nonlocal reduces
         for line in bodies[body]:
             if taken := re.search(r'"estimated_cycles":"(\d+)"', line):
-                scope = re.search(r'op_name="([^"]*)"', line)
-                found[part(scope[1] if scope else "")] += int(taken[1]) * times
+                found[scope_of(line)] += int(taken[1]) * times
             reduces += times * bool(re.search(r" all-reduce(-start)?\(", line))
             if loop := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
                 walk(loop[2], times * trips(loop[1]))
@@ -126,12 +123,6 @@ def _entry(program: str) -> str:
     found = re.search(r"^ENTRY %?([\w.\-]+)", program, re.MULTILINE)
     assert found
     return found[1]
-
-
-def part(path: str) -> str:
-    """The part of the model that an instruction belongs to, by its scopes."""
-    names = ("rope", "attention_out", "attention", "qkv", "mlp", "head", "choose", "embed", "block")
-    return next((name for name in names if name in path.split("/")), "other")
 
 
 def model(arguments: argparse.Namespace, samples: int) -> dict[str, Any]:
@@ -172,9 +163,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     asked = {name: getattr(arguments, name) for name in ("topology", "tensor", "rows", "context", "prompt")}
     figures = {"compiler_modelled": found, "settings": asked, "jax": jax.__version__}
-    if arguments.out:
-        workdir.write_text(epath.Path(arguments.out), json.dumps(figures, indent=2) + "\n")
-    say(json.dumps(figures))
+    hand_over(figures, arguments.out)
 
 
 def main() -> int:

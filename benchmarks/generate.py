@@ -37,8 +37,8 @@ from etils import epath
 
 from benchmarks import generate_measures as measures
 from benchmarks import generate_work, gguf_file, pinned
+from benchmarks.figures import hand_over
 from benchmarks.generate_measures import OF_RIVAL, OURS, SIDES, WORKLOADS, Bench
-from selfreward_jax import workdir
 from selfreward_jax.cli import exit_code
 from selfreward_jax.convert import convert
 from selfreward_jax.data.chat import load_chat
@@ -193,9 +193,7 @@ def run(arguments: argparse.Namespace) -> None:
     figures |= {"settings": asked | {"oasst": epath.Path(arguments.oasst).name},
                 "sides": {name: side.about for name, side in sides.items()},
                 "cpu": pinned.cpu_name(), "python": platform.python_version()}  # fmt: skip
-    if arguments.out:
-        workdir.write_text(epath.Path(arguments.out), json.dumps(figures, indent=2) + "\n")
-    say(json.dumps(figures))
+    hand_over(figures, arguments.out)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,15 @@ The last line is one JSON object.
 
 import argparse
 import dataclasses
-import json
 import resource
 import statistics
 import sys
 import time
 
 import jax
-from etils import epath
 
 from benchmarks import pinned
-from selfreward_jax import workdir
+from benchmarks.figures import hand_over
 from selfreward_jax.cli import exit_code
 from selfreward_jax.data.chat import encode_prompt, load_chat
 from selfreward_jax.data.seeds import prompt_texts
@@ -88,9 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
     }  # fmt: skip
     for size in sizes:
         say(f"{size:>6} requests {medians[size]:>9.1f} tokens/s {figures['spread'][size]} {figures['held_mb'][size]} MB held")
-    if arguments.out:
-        workdir.write_text(epath.Path(arguments.out), json.dumps(figures, indent=2) + "\n")
-    say(json.dumps(figures))
+    hand_over(figures, arguments.out)
 
 
 def main() -> int:

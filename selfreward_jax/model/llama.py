@@ -221,18 +221,19 @@ def apart(config: LlamaConfig, params: Params) -> Params:
     return params | {"layers": tuple(structure.unflatten(layer) for layer in layers)}
 
 
-def heads_apart(params: Params) -> Params:
+def heads_apart(params: Params, put: Callable[[Any, Format], Any] = jax.device_put) -> Params:
     """The same parameters with `q` as a TPU reads it: in memory a head's weights lie together, `[L,N,D,H]`.
 
     As attention wants heads apart, the compiler turned the weights of all layers over in each dispatch of decode steps:
-    1.3 GB of temporary memory for 70B on 8 chips. Arrays may also be `ShapeDtypeStruct`.
+    1.3 GB of temporary memory for 70B on 8 chips.
+
+    Args:
+        put: lays an array out; another one for parameters that are only described.
     """
     attention = params["layers"]["attention"]
     q = attention["q"]
     form = Format(Layout(major_to_minor=(0, 2, 1, 3)), q.sharding)
-    shaped = isinstance(q, jax.ShapeDtypeStruct)
-    turned = jax.ShapeDtypeStruct(q.shape, q.dtype, sharding=form) if shaped else jax.device_put(q, form)
-    return params | {"layers": params["layers"] | {"attention": attention | {"q": turned}}}
+    return params | {"layers": params["layers"] | {"attention": attention | {"q": put(q, form)}}}
 
 
 def _use(weights: Params, axes: Params, compute: Compute) -> Params:

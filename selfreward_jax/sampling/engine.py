@@ -181,6 +181,8 @@ def run(
     _check(engine, sampling, requests)
     width, samples = per_part(engine, requests), len(requests[0].keys)
     shared = _shared_prefix(requests)
+    count = padded(engine, min(max(1, engine.cached // samples), width))
+    program = decode.Program(engine.config, engine.compute, sampling, engine.vocabulary)
     inputs: decode.Inputs | None = None
     for part in range(-(-len(requests) // width)):
         if part < len(skip) and skip[part]:
@@ -188,8 +190,6 @@ def run(
         if inputs is None:
             table = stops.table if stops else stop_table(engine.stop_ids, engine.vocabulary)
             inputs = _inputs(engine, seed, phase, shared, table)
-        count = padded(engine, min(max(1, engine.cached // samples), width))
-        program = decode.Program(engine.config, engine.compute, sampling, engine.vocabulary)
         work = _Work(engine, program, inputs, len(shared), count)
         yield part, *_drain(work, requests[part * width : (part + 1) * width], advance)
 

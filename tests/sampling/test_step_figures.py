@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks import decode_profile, decode_tpu
+from benchmarks import decode_profile, decode_tpu, figures
 
 TPU = """HloModule jit_advance
 %layer (p: s32[]) -> s32[] {
@@ -40,8 +40,9 @@ def test_a_step_counts_its_layers_and_nothing_around_the_steps():
     [("jit(f)/block/attention_out/dot", "attention_out"), ("jit(f)/block/attention/exp", "attention"), ("jit(f)/block/add", "block"), ("x", "other")],
 )  # fmt: skip
 def test_the_innermost_scope_counts(path, part):
-    assert decode_tpu.part(path) == part
-    assert decode_profile.scopes_of(f'  %add.1 = f32[2] add(%a, %b), metadata={{op_name="{path}"}}') == {"add.1": part}
+    line = f'  %add.1 = f32[2] add(%a, %b), metadata={{op_name="{path}"}}'
+    assert figures.scope_of(line) == part
+    assert decode_profile.scopes_of(line) == {"add.1": part}
 
 
 def test_a_trace_is_summed_by_scope(tmp_path):
