@@ -78,7 +78,9 @@ def profile(arguments: argparse.Namespace, source: Source) -> dict[str, Any]:
     rng, count = np.random.default_rng(0), rows // samples
     with jax.set_mesh(made.mesh):
         table = replicate(stop_table((), made.vocabulary), made.mesh)
-        inputs = decode.Inputs(made.params, np.uint32(0), np.uint32(0), (), table)
+        tokens = rng.integers(0, made.vocabulary, (1, arguments.shared)).astype(np.int32)
+        prefix = (decode.prefix_keys(config, made.compute, made.params, replicate(tokens, made.mesh)),) if arguments.shared else ()
+        inputs = decode.Inputs(made.params, np.uint32(0), np.uint32(0), prefix, table)
         slots = decode.blank(program, made.params, count, samples, arguments.prompt)
         prompts = rng.integers(0, made.vocabulary, (count, arguments.prompt)).astype(np.int32)
         keys = np.arange(rows, dtype=np.int32).reshape(count, samples)
@@ -136,7 +138,7 @@ def run(arguments: argparse.Namespace) -> None:
         say(f"{name:>14} {taken:>8.2f} {taken / found['step_ms']:>6.1%} {'' if at_roof is None else at_roof:>12}")
     say(f"{'a step':>14} {found['step_ms']:>8.2f} {found['spread_ms']}")
     found["roof_share"] = round(sum(found["roof_ms"].values()) / found["step_ms"], 3)
-    asked = {name: getattr(arguments, name) for name in ("model", "dtype", "rows", "samples", "prompt", "tokens", "steps")}
+    asked = {name: getattr(arguments, name) for name in ("model", "dtype", "rows", "samples", "prompt", "shared", "tokens", "steps")}
     found |= {"settings": asked, "cpu": pinned.cpu_name(), "jax": jax.__version__}
     hand_over(found, arguments.out)
 
@@ -149,6 +151,7 @@ def main() -> int:
     option("--rows", type=int, default=128, help="completions that are decoded together (default %(default)s)")
     option("--samples", type=int, default=4, help="of each prompt (default %(default)s)")
     option("--prompt", type=int, default=64, help="tokens of each prompt (default %(default)s)")
+    option("--shared", type=int, default=0, help="tokens that all prompts begin with, beside those (default %(default)s)")
     option("--tokens", type=int, default=128, help="of a completion at most: the size of the caches (default %(default)s)")
     option("--steps", type=int, default=8, help="of a timing (default %(default)s)")
     option("--rounds", type=int, default=5, help="timings; medians count (default %(default)s)")

@@ -216,7 +216,7 @@ def insert(slots: Slots, keys: Keys, rows: Rows, fallbacks: jax.Array, where: ja
                 at: list[Any] = [0] * new.ndim
                 at[axis] = jnp.maximum(where[index], 0)
                 there = jax.lax.dynamic_slice(cache, at, one.shape)
-                cache = jax.lax.dynamic_update_slice(cache, jnp.where(where[index] >= 0, one, there), at)
+                cache = llama.put_slice(cache, jnp.where(where[index] >= 0, one, there), at)
             return cache
 
         k, v = jax.tree.map(move, (slots.prompts.k, slots.prompts.v), (keys.k, keys.v))
