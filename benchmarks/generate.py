@@ -36,7 +36,7 @@ import jax
 from etils import epath
 
 from benchmarks import generate_measures as measures
-from benchmarks import generate_work, gguf_file, pinned
+from benchmarks import generate_work, gguf_file, pinned, rounds
 from benchmarks.figures import hand_over
 from benchmarks.generate_measures import OF_RIVAL, OURS, SIDES, WORKLOADS, Bench
 from selfreward_jax.cli import exit_code
@@ -108,7 +108,14 @@ def start(arguments: argparse.Namespace, names: list[str], folder: Path, sides: 
         )
         say(f"{name}: ready after {sides[name].about['load_seconds']} s")
     chat = load_chat(source.tokenizer, "own", source.eos_ids)
-    return Bench(arguments, chat, source.config, sides, {})
+    kept = rounds.kept_in(Path(arguments.kept), settings(arguments)) if arguments.kept else rounds.NOTHING
+    return Bench(arguments, chat, source.config, sides, {}, kept)
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on, for people and for rounds that are kept."""
+    asked = {name: getattr(arguments, name) for name in (*COUNTS, "model", "core")}
+    return asked | {"oasst": epath.Path(arguments.oasst).name}
 
 
 def measure(bench: Bench) -> dict[str, Any]:
@@ -170,6 +177,7 @@ def main() -> int:
     option("--rows", type=int, default=96, help="completions that ours decodes together (default %(default)s)")
     option("--hf_batches", default="4,8,16,32", help="prompts at a time that are tried (default %(default)s)")
     option("--core", type=int, default=pinned.last_core(), help="that all sides run on (default %(default)s)")
+    option("--kept", default="", help="a file for rounds as they end; one that is there goes on (all but the roof's)")
     option("--dir", default=None, help="where the models' files lie meanwhile; then removed")
     option("--out", default="", help="a file for the last line too")
     return exit_code(lambda: run(parser.parse_args()))
@@ -189,8 +197,7 @@ def run(arguments: argparse.Namespace) -> None:
         finally:
             for side in sides.values():
                 pinned.stop(side)
-    asked = {name: getattr(arguments, name) for name in (*COUNTS, "model", "core")}
-    figures |= {"settings": asked | {"oasst": epath.Path(arguments.oasst).name},
+    figures |= {"settings": settings(arguments),
                 "sides": {name: side.about for name, side in sides.items()},
                 "cpu": pinned.cpu_name(), "python": platform.python_version()}  # fmt: skip
     hand_over(figures, arguments.out)

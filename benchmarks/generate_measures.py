@@ -42,6 +42,7 @@ class Bench:
     config: LlamaConfig
     sides: dict[str, pinned.Side]
     choices: dict[tuple[str, str], tuple[rounds.Choice, dict[str, float]]]
+    kept: rounds.Kept = rounds.NOTHING
 
     def taking_part(self, workload: str) -> list[pinned.Side]:
         """The sides of a workload that are there, ours first."""
@@ -73,7 +74,7 @@ def fixed_lengths(bench: Bench, name: str, work: Work) -> dict[str, Any]:
             seconds = rounds.timed(lambda side=side, used=used: rounds.sample(side, work, used))[1]
         warm_up[side.name] = seconds
     once = lambda side: [rounds.sample(side, work, choice(bench, side, work))[0]]  # noqa: E731
-    found = rounds.interleaved(name, sides, once, bench.arguments.rounds)
+    found = rounds.interleaved(name, sides, once, bench.arguments.rounds, bench.kept)
     tokens = {run.tokens for runs in found.values() for one in runs for run in one}
     if tokens != {work.completions * work.tokens}:
         raise UserError(f"{name}: the sides made {sorted(tokens)} tokens, all should make as many")
@@ -101,7 +102,7 @@ def sampling_half(bench: Bench) -> dict[str, Any]:
         say(f"[sampling_half] warming up {side.name}")
         found = [rounds.timed(lambda side=side, kind=kind: choice(bench, side, kind))[1] for kind in (work, judged)]
         warm_up[side.name] = rounds.timed(lambda side=side: once(side))[1] if side.name in OURS else sum(found)
-    runs = rounds.interleaved("sampling_half", sides, once, arguments.rounds)
+    runs = rounds.interleaved("sampling_half", sides, once, arguments.rounds, bench.kept)
     out = {}
     for side in sides:
         stages = {name: rounds.figures([one[place] for one in runs[side.name]])

@@ -1,9 +1,11 @@
 """Rounds of timed work: a side (pinned.py) does a piece of work (generate_work.py), and medians of all rounds count."""
 
 import dataclasses
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks import pinned
@@ -35,6 +37,51 @@ class Run:
     ended: int
     core_share: float
     threads: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Rounds in a file, a line each, so that hours of work outlive their process.
+
+    Attributes:
+        file: None: nothing is kept.
+        settings: of the benchmark; lines of other settings are not read.
+        runs: by workload, side and number of the round.
+    """
+
+    file: Path | None
+    settings: Choice
+    runs: dict[tuple[str, str, int], list[Run]]
+
+    def note(self, workload: str, side: str, number: int, runs: list[Run]) -> None:
+        """Adds a line, unless the round is there."""
+        if self.file is None or (workload, side, number) in self.runs:
+            return
+        self.runs[workload, side, number] = runs
+        line = {"settings": self.settings, "workload": workload, "side": side, "round": number,
+                "runs": [dataclasses.asdict(run) for run in runs]}  # fmt: skip
+        with self.file.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+
+
+NOTHING = Kept(None, {}, {})
+
+
+def kept_in(file: Path, settings: Choice) -> Kept:
+    """What is kept in a file, which need not be there yet.
+
+    Raises:
+        UserError: for a line that is none of `Kept.note`.
+    """
+    runs = {}
+    for number, text in enumerate(file.read_text().splitlines() if file.exists() else (), 1):
+        try:
+            line = json.loads(text)
+            if line["settings"] == settings:
+                runs[line["workload"], line["side"], line["round"]] = [Run(**run) for run in line["runs"]]
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{file}: line {number} is no round of this benchmark: {e!r}; remove it") from None
+    return Kept(file, settings, runs)
 
 
 def sample(
@@ -101,9 +148,12 @@ def faster_cache(side: pinned.Side, work: Work) -> tuple[Choice, dict[str, float
 
 
 def interleaved(
-    name: str, sides: Sequence[pinned.Side], once: Callable[[pinned.Side], list[Run]], count: int
+    name: str, sides: Sequence[pinned.Side], once: Callable[[pinned.Side], list[Run]], count: int, kept: Kept = NOTHING
 ) -> dict[str, list[list[Run]]]:
     """`count` rounds in which each side works once; the side that begins is another each time.
+
+    Args:
+        kept: rounds that an earlier process did are taken from there, and new ones noted.
 
     Returns:
         for each side the runs of each round: as many as `once` gives.
@@ -113,8 +163,10 @@ def interleaved(
         for number in range(count):
             first = number % len(sides)
             for side in (*sides[first:], *sides[:first]):
-                found[side.name].append(once(side))
-                run = total(found[side.name][-1])
+                runs = kept.runs.get((name, side.name, number)) or once(side)
+                kept.note(name, side.name, number, runs)
+                found[side.name].append(runs)
+                run = total(runs)
                 advance(1, f"{side.name}: {run.tokens / run.seconds:.1f} tokens/s")
     return found
 

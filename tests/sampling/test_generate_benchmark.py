@@ -113,6 +113,28 @@ def test_rounds_are_interleaved_and_medians_count():
     assert (two.seconds, two.tokens, two.completions) == (3.0, 120, 8)
 
 
+def test_rounds_that_are_kept_are_not_done_again(tmp_path):
+    sides, file, settings = [side("one"), side("two")], tmp_path / "kept", {"tokens": 4}
+    done = []
+
+    def once(side):
+        done.append(side.name)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return [rounds.Run(float(len(done)), 4, 1, 0, 1.0, 1)]
+
+    with pytest.raises(KeyboardInterrupt):
+        rounds.interleaved("work", sides, once, 2, rounds.kept_in(file, settings))
+    found = rounds.interleaved("work", sides, once, 2, rounds.kept_in(file, settings))
+    assert done == ["one", "two", "two", "two", "one"]  # the third was cut off
+    assert [[run.seconds for run in one] for one in found["one"]] == [[1.0], [5.0]]
+    assert rounds.kept_in(file, settings).runs["work", "two", 1] == found["two"][1]
+    assert not rounds.kept_in(file, {"tokens": 5}).runs
+    file.write_text("{}\n")
+    with pytest.raises(UserError, match="line 1"):
+        rounds.kept_in(file, settings)
+
+
 def test_ratios_are_of_tokens_and_of_completions():
     figures = {
         "ours_fp32": {"tokens_per_second": 90.0, "completions_per_second": 3.0},
