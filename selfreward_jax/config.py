@@ -112,7 +112,10 @@ class TrainConfig:
     lr: float = _f(5.5e-6, "learning rate at the start", "3.1.3")
     lr_end: float = _f(1.1e-6, "learning rate at the end of the cosine", "3.1.3")
     batch: int = _f(16, "examples (pairs) an update", "3.1.3")
-    microbatch: int = _f(16, "examples (pairs) whose gradient is computed at once", _OURS + "memory")
+    row: int = _f(
+        4096, "tokens that a device computes at once, at most: examples (pairs) are packed into rows; a longer one still gets one",
+        _OURS + "memory",
+    )  # fmt: skip
     epochs: int = _f(1, "times each example is seen", _OURS + "the paper stops early instead")
     dropout: float = _f(0.1, "residual dropout", "3.1.3")
     warmup: int = _f(0, "updates of linear warm-up", _OURS + "none is mentioned")
@@ -289,8 +292,9 @@ class EngineConfig:
     window: int = _f(
         256, "most probable tokens looked at before the exact fallback", _OURS + "measured, see sampling/tokens.py"
     )
-    pad: int = _f(64, "prompt lengths are padded to multiples of this", _OURS + "few compiled shapes")
-    pad_targets: int = _f(64, "target lengths are padded to multiples of this", _OURS + "few compiled shapes")
+    pad: int = _f(
+        64, "lengths of prompts and of packed rows are padded to multiples of this", _OURS + "few compiled shapes"
+    )
     chunk: int = _f(256, "target tokens a row that meet the head at once", _OURS + "memory")
     cache: str = _f(
         "", "folder of compiled programs; empty: the user's cache folder", _OURS + "start-up time", free=True

@@ -78,10 +78,7 @@ def find(c: Any) -> list[str]:
             part.lr > 0 and 0 <= part.lr_end <= part.lr,
             f"{name}.lr_end={part.lr_end}: between 0 and {name}.lr={part.lr}",
         )
-        need(part.batch >= 1 and part.microbatch >= 1, f"{name}.batch, {name}.microbatch: at least 1")
-        need(
-            part.microbatch <= part.batch, f"{name}.microbatch={part.microbatch}: not above {name}.batch={part.batch}"
-        )
+        need(part.batch >= 1 and part.row >= 1, f"{name}.batch, {name}.row: at least 1")
         need(part.epochs >= 1, f"{name}.epochs={part.epochs}: at least 1")
         need(0 <= part.dropout < 1, f"{name}.dropout={part.dropout}: in [0, 1)")
         need(part.keep >= 1, f"{name}.keep={part.keep}: at least 1")
@@ -192,8 +189,8 @@ def find(c: Any) -> list[str]:
         f"engine.rows={c.engine.rows}: at least responses.n, judge.k, eft.k and check.k",
     )
     need(
-        min(c.engine.window, c.engine.pad, c.engine.pad_targets, c.engine.chunk) >= 1,
-        "engine: window, pad, pad_targets and chunk are at least 1",
+        min(c.engine.window, c.engine.pad, c.engine.chunk) >= 1,
+        "engine: window, pad and chunk are at least 1",
     )
     need(
         c.data.max_prompt_tokens < c.data.max_length,

@@ -18,7 +18,7 @@ from selfreward_jax.run import Held, Run
 from selfreward_jax.sampling import engine as engines
 from selfreward_jax.sharding import choose
 from selfreward_jax.sharding.mesh import Sizes, full_sizes, make_mesh, regrouped, shape_of
-from selfreward_jax.sharding.place import move, padded_rows, rows_multiple
+from selfreward_jax.sharding.place import move, rows_multiple
 from selfreward_jax.sharding.rules import LAYOUTS, check_covered, check_divides, extents, shardings, table
 from selfreward_jax.training import checkpoint
 from selfreward_jax.weights.source import Source, load_params, open_source, param_bytes
@@ -52,24 +52,19 @@ def _refusal(form: str, head_dim: int, dtype: str) -> str:
 
 
 def training_mesh(config: Config, model: LlamaConfig) -> jax.sharding.Mesh:
-    """The mesh that `mesh` names, or (three zeros) that the devices, the model and the smallest microbatch decide.
+    """The mesh that `mesh` names, or (three zeros) that the devices, the model and the smallest batch decide.
 
     Raises:
         UserError: if it does not fill the devices or does not divide the model.
     """
     axes, abstract = llama.logical_axes(model), llama.abstract(model)
-    rows = min(config.sft.microbatch, 2 * config.dpo.microbatch)
+    rows = min(config.sft.batch, config.dpo.batch)
     sizes = _named(config.mesh) or choose.training(jax.device_count(), extents(axes, abstract), rows)
     mesh = make_mesh(*sizes)
     check_divides(axes, abstract, mesh)
-    for name, part, each in (("sft", config.sft, 1), ("dpo", config.dpo, 2)):
-        rows = part.microbatch * each
-        computed = padded_rows(rows, mesh)
-        if computed > rows:
-            say(
-                f"{name}.microbatch={part.microbatch}: {computed - rows} of {computed} rows of a step are padding on"
-                f" data x fsdp = {rows_multiple(mesh)}"
-            )
+    for name, part in (("sft", config.sft), ("dpo", config.dpo)):
+        if (rows := rows_multiple(mesh)) > part.batch:
+            say(f"{name}.batch={part.batch}: at least {rows - part.batch} of {rows} rows, data x fsdp, are padding")
     return mesh
 
 

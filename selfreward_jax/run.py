@@ -12,18 +12,19 @@ from etils import epath
 
 from selfreward_jax import processes, stores, workdir
 from selfreward_jax.config import Config, TrainConfig
-from selfreward_jax.data import batches
+from selfreward_jax.data import batches, packing
 from selfreward_jax.data.chat import Chat, encode_prompt
 from selfreward_jax.data.records import Judgment, Pair, Prompt, Response, read_records, to_json
 from selfreward_jax.evaluation.judge import score_of
 from selfreward_jax.judging import templates
 from selfreward_jax.judging.pairs import Candidate
-from selfreward_jax.model import llama
+from selfreward_jax.model import kernels, llama
 from selfreward_jax.model.config import LlamaConfig
-from selfreward_jax.observe.progress import progress
+from selfreward_jax.observe.progress import progress, say
 from selfreward_jax.sampling import engine as engines
 from selfreward_jax.sampling.stopping import Stops
 from selfreward_jax.sampling.tokens import Sampling
+from selfreward_jax.sharding.place import rows_multiple
 from selfreward_jax.training.optimizer import Optimizer
 from selfreward_jax.training.trainer import Plan
 from selfreward_jax.weights.source import Source
@@ -64,16 +65,30 @@ def sampling(run: Run, part: Any) -> Sampling:
     )
 
 
-def plan(run: Run, part: TrainConfig, items: int) -> Plan:
-    """The training plan of a config group for so many examples."""
-    steps = batches.updates(items, part.epochs, part.batch)
+def plan(run: Run, name: str, part: TrainConfig, items: Sequence[Any]) -> Plan:
+    """The training plan of a config group for these examples or pairs; a line says how they are packed."""
+    steps = batches.updates(len(items), part.epochs, part.batch)
     optimizer = Optimizer(
         part.lr, part.lr_end, steps, part.warmup, part.b1, part.b2, part.eps, part.weight_decay, part.clip
     )
-    shape = batches.Shape(run.config.engine.pad, run.config.engine.pad_targets)
+    model, pad = run.source.config, run.config.engine.pad
+    shape = packing.Shape(pad, rows_multiple(run.mesh), pad, run.attention not in kernels.SEGMENTS)
+    orders = (batches.batch_indices(len(items), part.epochs, run.config.seed, part.batch, i) for i in range(steps))
+    updates = [[items[i].rows for i in order] for order in orders]
+    layer = (model.parameter_count() - model.vocab_size * model.embed * (1 if model.tied else 2)) / model.layers
+    time = packing.choose_time(updates, shape, part.row, model.q_heads * model.head_dim / layer)
+    shape = dataclasses.replace(shape, time=time)
+    parts = [part for groups in updates for part in packing.microbatches(groups, shape)]
+    whole = sum(len(row.tokens) for groups in updates for rows in groups for row in rows)
+    held = sum(part.tokens for part in parts)
+    say(
+        f"[{name}] {steps} updates in {len(parts)} microbatches of {shape.rows} rows of"
+        f" {', '.join(map(str, sorted({part.time for part in parts})))} tokens: {packing.wasted(parts, shape):.1%} of"
+        f" positions are wasted; common prefixes {f'once, {1 - held / whole:.1%} of the tokens less' if shape.shared else 'repeated'}"
+    )
     return Plan(
-        optimizer, part.epochs, part.batch, part.microbatch, run.config.seed, part.dropout, run.config.engine.chunk,
-        shape, part.checkpoint_every, part.keep,
+        optimizer, part.epochs, part.batch, shape, run.config.seed, part.dropout, run.config.engine.chunk,
+        part.checkpoint_every, part.keep,
     )  # fmt: skip
 
 

@@ -110,3 +110,19 @@ def bucket(monkeypatch):
     fsspec_backend._get_filesystem.cache_clear()
     yield state
     fsspec_backend._get_filesystem.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def rows_apart():
+    """`rows_apart(rows, count, time, mesh)`: a batch whose first rows hold a sequence each, in their order."""
+
+    from selfreward_jax.data import packing
+    from selfreward_jax.sharding.place import place
+    from selfreward_jax.training.logprobs import Batch
+
+    def make(rows, count, time, mesh):
+        part = packing.Microbatch(time, [[i] for i in range(len(rows))], sum(len(row.tokens) for row in rows))
+        laid = packing.lay([[row] for row in rows], part, packing.Shape(time, count, 1, False))
+        return Batch(*(place(getattr(laid, field), mesh) for field in Batch._fields))
+
+    return make

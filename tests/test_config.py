@@ -89,7 +89,7 @@ def test_a_field_of_the_wrong_type_makes_no_contradiction_of_its_own():
         ("model.remat", "some", "none, dots or full"),
         ("model.unroll", 0, "at least 1"),
         ("sft.lr_end", 1.0, "between 0 and sft.lr"),
-        ("sft.microbatch", 99, "not above sft.batch"),
+        ("sft.row", 0, "sft.batch, sft.row: at least 1"),
         ("dpo.epochs", 0, "at least 1"),
         ("dpo.dropout", 1.0, "in [0, 1)"),
         ("dpo.keep", 0, "at least 1"),

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from selfreward_jax.model.kernels import KERNELS
+from selfreward_jax.model.kernels import KERNELS, packed_mask
 from selfreward_jax.sharding.rules import mesh_axes
 
 # The position of padding: after every query, so never seen. Fits int32 with room for subtraction.
@@ -47,11 +47,19 @@ def keys_of(k: jax.Array, v: jax.Array, positions: jax.Array) -> Keys:
 # The score of a key that is not seen; finite, so that a row that sees nothing gives no NaN.
 _LOWEST = float(np.finfo(np.float32).min)
 
-# Queries that the mapped form takes at once; keys after them are not even multiplied.
-_TILE = 128
+# Queries that the mapped form takes at once, and the most such tiles of a row, each of which is compiled; keys after a
+# tile are not even multiplied.
+_TILE, _TILES = 128, 8
 
 
-def attend(q: jax.Array, q_positions: jax.Array, blocks: tuple[Keys, ...], window: int, form: str) -> jax.Array:
+def attend(
+    q: jax.Array,
+    q_positions: jax.Array,
+    blocks: tuple[Keys, ...],
+    window: int,
+    form: str,
+    ends: jax.Array | None = None,
+) -> jax.Array:
     """Softmax attention of queries over all blocks together, scores and softmax in float32.
 
     Heads may be split over mesh axes, the queries' over those of the keys and then over more of them, as long as the
@@ -68,6 +76,9 @@ def attend(q: jax.Array, q_positions: jax.Array, blocks: tuple[Keys, ...], windo
             "splash" and their tests' twins: `kernels.KERNELS`. A kernel serves T above 1 and one block, the queries'
             own, each row's positions counting up by one and then NOWHERE; all else takes the plain form instead, by
             design and without a word: one new token a row (T = 1) in any form, and blocks that rows share.
+        ends: `[B,T]` int32 for rows of several sequences, whose one block is the queries' own: the token at place j of
+            a row is seen from the places j to before `ends[j]` (`data.packing`). Splash takes such rows only if no
+            two sequences share a token. None: a row is one sequence.
 
     Returns:
         `[B,T,N,H]` in q's dtype and layout. Values at padding mean nothing, but are finite.
@@ -84,11 +95,11 @@ def attend(q: jax.Array, q_positions: jax.Array, blocks: tuple[Keys, ...], windo
         local = partial(_attend_kernel, kernel=KERNELS[form])
     pickers = [_head_picker(q, block) for block in blocks]
 
-    def shard(q: jax.Array, q_positions: jax.Array, blocks: tuple[Keys, ...]) -> jax.Array:
+    def shard(q: jax.Array, q_positions: jax.Array, blocks: tuple[Keys, ...], ends: jax.Array | None) -> jax.Array:
         read = tuple(pick(block) for pick, block in zip(pickers, blocks, strict=True))
-        return local(q, q_positions, read, window=window)
+        return local(q, q_positions, read, window=window, ends=ends)
 
-    return jax.shard_map(shard, out_specs=spec_of(q), check_vma=False)(q, q_positions, blocks)
+    return jax.shard_map(shard, out_specs=spec_of(q), check_vma=False)(q, q_positions, blocks, ends)
 
 
 def _head_picker(q: jax.Array, block: Keys) -> Callable[[Keys], Keys]:
@@ -123,11 +134,17 @@ def _axes(x: jax.Array, dimension: int) -> tuple[str, ...]:
 
 
 def _attend_kernel(
-    q: jax.Array, q_positions: jax.Array, blocks: tuple[Keys, ...], window: int, kernel: Callable[..., jax.Array]
+    q: jax.Array,
+    q_positions: jax.Array,
+    blocks: tuple[Keys, ...],
+    window: int,
+    ends: jax.Array | None,
+    kernel: Callable[..., jax.Array],
 ) -> jax.Array:
-    del q_positions  # causal, and padding comes last: places in the row say all that positions do
     k, v = (jnp.swapaxes(x, 1, 2) for x in (blocks[0].k, blocks[0].v))
-    return kernel(q, k, v, window=window)
+    if ends is None:  # causal, and padding comes last: places in the row say all that positions do
+        return kernel(q, k, v, window=window)
+    return kernel(q, k, v, window=window, packed=(q_positions, ends))
 
 
 def _visible(q_positions: jax.Array, key_positions: jax.Array, window: int) -> jax.Array:
@@ -135,7 +152,9 @@ def _visible(q_positions: jax.Array, key_positions: jax.Array, window: int) -> j
     return seen & (q_positions - key_positions < window) if window else seen
 
 
-def _attend_mapped(q: jax.Array, q_positions: jax.Array, blocks: tuple[Keys, ...], window: int) -> jax.Array:
+def _attend_mapped(
+    q: jax.Array, q_positions: jax.Array, blocks: tuple[Keys, ...], window: int, ends: jax.Array | None
+) -> jax.Array:
     batch, time, heads, width = q.shape
     own, shared = blocks[-1], blocks[:-1]
     kv_heads = own.k.shape[1]
@@ -154,14 +173,18 @@ def _attend_mapped(q: jax.Array, q_positions: jax.Array, blocks: tuple[Keys, ...
             group = row // (batch // block.k.shape[0])
             read.append((block.k[group, head], block.v[group, head], block.positions[group]))
         outs = []
-        for start in range(0, time, _TILE):
-            end = min(start + _TILE, time)
+        step = max(_TILE, -(-time // _TILES))
+        for start in range(0, time, step):
+            end = min(start + step, time)
             parts = [*read, (k[:end], v[:end], own.positions[row, :end])]  # a query's own later tokens are never seen
             tile = here[:, start:end].reshape(share * (end - start), width)
-            at = jnp.tile(q_positions[row, start:end], share)[:, None]
+            at = q_positions[row, start:end, None]
+            seen = [_visible(at, places[None], window) for _, _, places in parts]
+            if ends is not None:
+                seen = [packed_mask(q_positions[row, :end], ends[row, :end], window, start)]
             weights, total = _softmax([
-                jnp.where(_visible(at, places[None], window), jnp.dot(tile, some_k.T, preferred_element_type=jnp.float32), _LOWEST)
-                for some_k, _, places in parts
+                jnp.where(jnp.tile(mask, (share, 1)), jnp.dot(tile, some_k.T, preferred_element_type=jnp.float32), _LOWEST)
+                for mask, (some_k, _, _) in zip(seen, parts, strict=True)
             ])  # fmt: skip
             out = jnp.zeros((), jnp.float32)
             for weight, (_, some_v, _) in zip(weights, parts, strict=True):
@@ -184,13 +207,17 @@ def _softmax(scores: list[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
     return weights, sum((weight.sum(-1) for weight in weights), start=jnp.zeros((), jnp.float32))
 
 
-def _attend_plain(q: jax.Array, q_positions: jax.Array, blocks: tuple[Keys, ...], window: int) -> jax.Array:
+def _attend_plain(
+    q: jax.Array, q_positions: jax.Array, blocks: tuple[Keys, ...], window: int, ends: jax.Array | None
+) -> jax.Array:
     batch, time, heads, width = q.shape
     kv_heads = blocks[0].k.shape[1]
     # [B,T,N,H] -> [B,K,QT,H]: all queries of a kv head are rows of one matmul
     q = (q * jnp.asarray(width**-0.5, q.dtype)).reshape(batch, time, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
     share = heads // kv_heads
-    parts = [_attend_block(q.reshape(batch, kv_heads, share * time, width), q_positions, b, window) for b in blocks]
+    q = q.reshape(batch, kv_heads, share * time, width)
+    mask = None if ends is None else packed_mask(q_positions, ends, window)
+    parts = [_attend_block(q, q_positions, b, window, mask) for b in blocks]
     top = jax.lax.stop_gradient(jnp.max(jnp.stack([top for top, _, _ in parts]), axis=0))
     scales = [jnp.exp(part[0] - top) for part in parts]
     total = sum((scale * part[1] for scale, part in zip(scales, parts, strict=True)), start=jnp.zeros(()))
@@ -200,7 +227,7 @@ def _attend_plain(q: jax.Array, q_positions: jax.Array, blocks: tuple[Keys, ...]
 
 
 def _attend_block(
-    q: jax.Array, q_positions: jax.Array, block: Keys, window: int
+    q: jax.Array, q_positions: jax.Array, block: Keys, window: int, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What one block adds: its highest score and the sum of its weights `[B,K,QT]`, and the weighted values `[B,K,QT,H]`."""
     batch, kv_heads, queries, _ = q.shape
@@ -216,8 +243,11 @@ def _attend_block(
         return jnp.swapaxes(x, 1, 2).reshape(batch, kv_heads, queries, *x.shape[4:])
 
     scores = jnp.einsum("gkxh,gksh->gkxs", together(q), block.k, preferred_element_type=jnp.float32)
-    at = jnp.broadcast_to(q_positions.reshape(groups, rows, 1, time), (groups, rows, queries // time, time))
-    seen = _visible(at.reshape(groups, 1, -1, 1), block.positions[:, None, None, :], window)
+    if mask is None:
+        at = jnp.broadcast_to(q_positions.reshape(groups, rows, 1, time), (groups, rows, queries // time, time))
+        seen = _visible(at.reshape(groups, 1, -1, 1), block.positions[:, None, None, :], window)
+    else:
+        seen = jnp.tile(mask, (1, queries // time, 1))[:, None]
     scores = jnp.where(seen, scores, _LOWEST)
     top = jax.lax.stop_gradient(scores.max(-1))
     weights = jnp.exp(scores - top[..., None])

@@ -1,8 +1,9 @@
 """Attention kernels of others, cuDNN flash on a GPU and Pallas splash on a TPU, and which form of attention a job takes.
 
-Both serve one case: each row attends to itself, causally. Rows are padded at their end, so no token sees padding and
-the causal mask is the whole mask: neither lengths nor a mask array goes in, every query sees at least itself, and no
-`[T,T]` array of scores is ever in memory. Neither kernel was run on its own hardware here: the tests run splash in
+Both serve one case: each row attends to itself, causally. A row of one sequence is padded at its end, so no token sees
+padding and the causal mask is the whole mask: neither lengths nor a mask array goes in, every query sees at least
+itself, and no `[T,T]` array of scores is ever in memory. Rows of several sequences (`data.packing`) give cuDNN a mask,
+and splash segments, which say which tokens belong together but not that two sequences share some. Neither kernel was run on its own hardware here: the tests run splash in
 Pallas's interpreter, and XLA's implementation of the very call that asks for cuDNN.
 """
 
@@ -94,8 +95,31 @@ def refusal(form: str, head_dim: int, dtype: str) -> str:
     return ""
 
 
+def packed_mask(positions: jax.Array, ends: jax.Array, window: int, start: int = 0) -> jax.Array:
+    """Which keys each query of packed rows sees, `[...,T - start,T]` bool.
+
+    Args:
+        positions, ends: `[...,T]` int32, see `attention.attend`; the window counts positions.
+        start: the first query.
+    """
+    places = jnp.arange(ends.shape[-1], dtype=jnp.int32)
+    here = places[start:, None]
+    seen = (places <= here) & (here < ends[..., None, :])
+    if window:
+        seen = seen & (positions[..., start:, None] - positions[..., None, :] < window)
+    return seen
+
+
+Packed = tuple[jax.Array, jax.Array] | None  # positions and ends `[B,T]` of rows of several sequences
+
+
 def dot_product(
-    q: jax.Array, k: jax.Array, v: jax.Array, window: int, implementation: Literal["cudnn", "xla"]
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    window: int,
+    implementation: Literal["cudnn", "xla"],
+    packed: Packed = None,
 ) -> jax.Array:
     """Causal attention of rows to themselves by `jax.nn.dot_product_attention`.
 
@@ -103,10 +127,14 @@ def dot_product(
         q: `[B,T,N,H]`; k, v: `[B,T,K,H]`, N a multiple of K.
         window: keys `window` or more positions back are masked; 0: no limit.
         implementation: "cudnn", or for tests "xla"; nothing else differs between the two.
+        packed: their mask `[B,1,T,T]` is in memory then, for one layer at a time.
 
     Returns:
         `[B,T,N,H]` in q's dtype.
     """
+    if packed:
+        mask = packed_mask(*packed, window)[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
     # keys to the left and to the right of a query, itself not counted; no window where it holds the whole row
     reach = (window - 1, 0) if 0 < window < q.shape[1] else None
     return jax.nn.dot_product_attention(
@@ -114,13 +142,17 @@ def dot_product(
     )
 
 
-def splash(q: jax.Array, k: jax.Array, v: jax.Array, window: int, interpret: bool) -> jax.Array:
+def splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, window: int, interpret: bool, packed: Packed = None
+) -> jax.Array:
     """Causal attention of rows to themselves by Pallas' splash kernel, which skips the blocks that the mask empties.
 
     Args:
         q: `[B,T,N,H]`; k, v: `[B,T,K,H]`, N a multiple of K.
         window: keys `window` or more positions back are masked; 0: no limit.
         interpret: for tests: run the kernel's code on any device, slowly.
+        packed: sequences of a row share no token, so their ends tell them apart, and distances in a row are distances
+            in its sequences.
 
     Returns:
         `[B,T,N,H]` in q's dtype.
@@ -139,7 +171,12 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, window: int, interpret: boo
         block_sizes=pallas.BlockSizes(**dict.fromkeys(sizes, block)),
         interpret=interpret,
     )
-    out = jax.vmap(kernel)(laid(scaled), laid(k), laid(v))
+    if packed:
+        segments = jnp.pad(packed[1], ((0, 0), (0, padded - time)))
+        ids = pallas.SegmentIds(segments, segments)
+        out = jax.vmap(kernel)(laid(scaled), laid(k), laid(v), ids)
+    else:
+        out = jax.vmap(kernel)(laid(scaled), laid(k), laid(v))
     return jnp.swapaxes(out[:, :, :time], 1, 2)
 
 
@@ -176,3 +213,5 @@ KERNELS: dict[str, Callable[..., jax.Array]] = {
     "cudnn-xla": partial(dot_product, implementation="xla"),
     "splash-interpreted": partial(splash, interpret=True),
 }
+# Those that know which tokens of a row belong together, but not that two sequences share some.
+SEGMENTS = ("splash", "splash-interpreted")

@@ -340,6 +340,7 @@ def hidden_states(
     params: Params,
     tokens: jax.Array,
     positions: jax.Array,
+    ends: jax.Array | None = None,
     dropout: Dropout | None = None,
 ) -> jax.Array:
     """Hidden states for training: causal attention of each row over itself.
@@ -347,6 +348,7 @@ def hidden_states(
     Args:
         tokens: `[B,T]` int32, right padded.
         positions: `[B,T]` int32, NOWHERE at padding.
+        ends: `[B,T]` int32 for rows of several sequences, see `attention.attend`.
         dropout: residual dropout, or None.
 
     Returns:
@@ -354,7 +356,8 @@ def hidden_states(
     """
 
     def read(index: jax.Array, carry: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None, None]:
-        return attend(q, positions, (keys_of(k, v, positions),), config.sliding_window, compute.attention), None, None
+        own = (keys_of(k, v, positions),)
+        return attend(q, positions, own, config.sliding_window, compute.attention, ends), None, None
 
     x = _embed(config, compute, params, tokens)
     return _run_layers(config, compute, params, x, positions, read, None, dropout)[0]

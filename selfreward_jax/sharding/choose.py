@@ -17,15 +17,15 @@ _WEIGHTS_SHARE = 0.5
 
 
 def training(devices: int, extents: Mapping[str, int], rows: int) -> Sizes:
-    """Mesh sizes for training: as much `fsdp` as the rows of a microbatch fill, `tensor` for what is left.
+    """Mesh sizes for training: as much `fsdp` as the examples of an update fill, `tensor` for what is left.
 
-    A shard of rows that a microbatch leaves empty is a device that computes padding, so those are fewest first. Then
+    A shard of rows that an update leaves empty is a device that computes padding, so those are fewest first. Then
     fewest replicas (`data`), since parameters, gradients and moments fit where they are cut finest. Then least
     `tensor`, whose all-reduces of activations lie between all matmuls, where `fsdp` gathers weights ahead of them.
 
     Args:
         extents: size of each logical axis of the model (`rules.extents`).
-        rows: of a microbatch.
+        rows: that an update may have: its examples.
     """
 
     def cost(sizes: Sizes) -> tuple[int, int, int]:

@@ -19,11 +19,6 @@ def rows_multiple(mesh: jax.sharding.Mesh, rules: Rules = STORED) -> int:
     return math.prod(mesh.shape[name] for name in mesh_axes(rules["rows"]))
 
 
-def padded_rows(count: int, mesh: jax.sharding.Mesh) -> int:
-    """The rows that are computed for `count` of them while training: as many in each shard."""
-    return count + -count % rows_multiple(mesh)
-
-
 def place(array: np.ndarray, mesh: jax.sharding.Mesh, rules: Rules = STORED) -> jax.Array:
     """Puts a host array on the mesh, its rows split as the table says; every process holds the whole host array."""
     sharding = NamedSharding(mesh, P(rules["rows"], *(None,) * (array.ndim - 1)))

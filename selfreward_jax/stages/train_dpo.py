@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from selfreward_jax import stores
-from selfreward_jax.data import batches
+from selfreward_jax.data import batches, packing
 from selfreward_jax.data.records import Pair, read_records
 from selfreward_jax.errors import UserError
 from selfreward_jax.loaded import compute, fresh_params, params_of, take_params
@@ -46,12 +45,16 @@ def _cached(run: Run, model: str, pairs: Sequence[Pair]) -> list[trainer.PairRow
 
 
 def _collate_live(
-    run: Run, frozen: llama.Params, items: Sequence[trainer.PairRow], how: trainer.Plan, mesh: Mesh
+    run: Run,
+    frozen: llama.Params,
+    items: Sequence[trainer.PairRow],
+    part: packing.Microbatch,
+    how: trainer.Plan,
+    mesh: Mesh,
 ) -> step.PairBatch:
     """A microbatch whose reference log-probs come from the frozen model beside the policy."""
-    batch = trainer.collate_pairs(items, how, mesh)
-    logps = step.logprob_pass(run.source.config, compute(run), how.chunk, frozen, batch.rows)
-    return batch._replace(reference=jnp.sum(logps, axis=-1))
+    batch = trainer.collate_pairs(items, part, how, mesh)
+    return batch._replace(reference=step.sequence_pass(run.source.config, compute(run), how.chunk, frozen, batch))
 
 
 def _check_start(
@@ -64,10 +67,10 @@ def _check_start(
     """
     first = [items[i] for i in batches.batch_indices(len(items), how.epochs, how.seed, how.batch, 0)]
     worst = 0.0
-    for members in batches.microbatches([max(len(r.tokens) for r in item.rows) for item in first], how.microbatch):
-        batch = collate([first[i] for i in members], how, run.mesh)
-        logps = step.logprob_pass(run.source.config, compute(run), how.chunk, params, batch.rows)
-        chosen, rejected = step.split_pairs(jnp.sum(logps, axis=-1) - batch.reference)
+    for part in packing.microbatches([item.rows for item in first], how.shape):
+        batch = collate(first, part, how, run.mesh)
+        policy = step.sequence_pass(run.source.config, compute(run), how.chunk, params, batch)
+        chosen, rejected = step.split_pairs(policy - batch.reference)
         margins = fetch((chosen - rejected) * batch.weights, run.mesh)
         worst = max(worst, float(np.max(np.abs(margins))))
     limit = TOLERANCE[run.config.model.compute_dtype]
@@ -84,7 +87,6 @@ def make(run: Run, model: str, before: str) -> dict[str, Any]:
     """Trains `model` from `before`'s parameters at training precision; writes `MODEL/params/`."""
     config = run.config
     pairs = read_records(run.root / model / "pairs.jsonl", Pair)
-    how = plan(run, config.dpo, len(pairs))
     if config.dpo.reference == "live":
         frozen = fresh_params(run, before)
         items = [trainer.PairRow(*pair_rows(run, pair), 0.0, 0.0) for pair in pairs]
@@ -92,6 +94,7 @@ def make(run: Run, model: str, before: str) -> dict[str, Any]:
     else:
         items = _cached(run, model, pairs)
         collate = trainer.collate_pairs
+    how = plan(run, f"{model}/train", config.dpo, items)
     margin = _check_start(run, model, how, params_of(run, before), items, collate)
     objective = partial(step.dpo_objective, beta=config.dpo.beta)
     params, summary = trainer.train(

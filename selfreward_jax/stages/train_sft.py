@@ -60,7 +60,7 @@ def make(run: Run, model: str, files: Sequence[tuple[str, float]]) -> dict[str, 
         f" {sum(targets) / len(rows):.0f} targets, longest {max(lengths)}; dropped {dict(drops) or 'none'}"
     )
     params, summary = trainer.train(
-        f"{model}/train", run.source.config, compute(run), plan(run, config.sft, len(rows)), run.mesh,
+        f"{model}/train", run.source.config, compute(run), plan(run, f"{model}/train", config.sft, rows), run.mesh,
         take_params(run, "m0"), rows, trainer.collate_rows, step.sft_objective, run.root / model,
     )  # fmt: skip
     checkpoint.save_params(run.root / model / "params", params)

@@ -12,24 +12,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec as P
 
 from selfreward_jax.model import llama
 from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.training import optimizer as optimizers
-from selfreward_jax.training.logprobs import Batch, target_logprobs
+from selfreward_jax.training.logprobs import Batch, of_sequences, target_logprobs
 from selfreward_jax.training.losses import dpo_loss, sft_loss
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (weighted sum, weight)
 
 
 class PairBatch(NamedTuple):
-    """A batch of pairs: rows 2i and 2i+1 of `rows` are the chosen and rejected response of pair i.
+    """A batch of P pairs: sequences 2i and 2i+1 of `rows` are the chosen and rejected response of pair i.
 
     Attributes:
-        rows: B rows; those behind the last pair's only fill the shards, and may be of odd number.
-        reference: `[B]` float32, summed log-probs of the rows under the frozen reference.
-        weights: `[B // 2]` float32, whole on every device; 0 for pairs that only fill the batch.
+        rows: packed rows.
+        reference: `[2P]` float32, summed log-probs of the sequences under the frozen reference.
+        weights: `[P]` float32, 0 for pairs that only fill the batch. Both are whole on every device.
     """
 
     rows: Batch
@@ -50,10 +49,11 @@ def dpo_objective(
     batch: PairBatch, logprobs: Callable[[Batch], jax.Array], *, beta: float
 ) -> tuple[jax.Array, jax.Array, Metrics]:
     """DPO as (sum, weight, metrics) over the batch's pairs."""
-    policy = split_pairs(jnp.sum(logprobs(batch.rows), axis=-1))
+    count = batch.reference.shape[0]
+    policy = split_pairs(of_sequences(logprobs(batch.rows), batch.rows, count))
     reference = split_pairs(batch.reference)
     losses, chosen, rejected = dpo_loss(*policy, *reference, beta)
-    lengths = split_pairs(jnp.sum(batch.rows.weights, axis=-1))
+    lengths = split_pairs(of_sequences(jnp.ones_like(batch.rows.weights), batch.rows, count))
     weight = jnp.sum(batch.weights)
 
     def mean(values: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -74,9 +74,9 @@ def dpo_objective(
     return total, weight, metrics
 
 
-def split_pairs(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`[B]` interleaved to chosen and rejected `[B // 2]`, on every device: a pair's rows may lie on two of them."""
-    pairs = jax.sharding.reshard(rows, P(None))[: rows.shape[0] // 2 * 2].reshape(-1, 2)
+def split_pairs(sequences: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`[2P]` interleaved to chosen and rejected `[P]`."""
+    pairs = sequences.reshape(-1, 2)
     return pairs[:, 0], pairs[:, 1]
 
 
@@ -130,5 +130,14 @@ def apply_gradient(
 def logprob_pass(
     config: LlamaConfig, compute: llama.Compute, chunk: int, params: llama.Params, batch: Batch
 ) -> jax.Array:
-    """Log-probs `[B,M]` without dropout: the frozen reference, and the check before step 0."""
+    """Log-probs `[B,M]` without dropout: the frozen reference."""
     return target_logprobs(config, compute, params, batch, chunk)
+
+
+@partial(jax.jit, static_argnames=("config", "compute", "chunk"))
+def sequence_pass(
+    config: LlamaConfig, compute: llama.Compute, chunk: int, params: llama.Params, batch: PairBatch
+) -> jax.Array:
+    """Summed log-probs `[2P]` without dropout: a live reference, and the check before step 0."""
+    logps = target_logprobs(config, compute, params, batch.rows, chunk)
+    return of_sequences(logps, batch.rows, batch.reference.shape[0])

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from selfreward_jax.data import batches
+from selfreward_jax.data import batches, packing
 from selfreward_jax.errors import UserError
 from selfreward_jax.model import llama
 from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.observe import metrics as metric_files
 from selfreward_jax.observe.progress import progress, say
-from selfreward_jax.sharding.place import padded_rows, place
+from selfreward_jax.sharding.place import place, replicate
 from selfreward_jax.sharding.rules import check_alike
 from selfreward_jax.training import checkpoint, step
 from selfreward_jax.training.logprobs import Batch
@@ -32,7 +32,7 @@ from selfreward_jax.training.optimizer import Optimizer, make
 
 @dataclasses.dataclass(frozen=True)
 class PairRow:
-    """A preference pair as token rows, and the frozen reference's summed log-probs of both responses, nats."""
+    """A preference pair as sequences, and the frozen reference's summed log-probs of both responses, nats."""
 
     chosen: batches.Row
     rejected: batches.Row
@@ -50,21 +50,19 @@ class Plan:
 
     Attributes:
         epochs, batch, seed: how often each example is seen, examples (or pairs) an update, and the order's seed.
-        microbatch: examples (or pairs) whose gradient is computed at once.
+        shape: the rows that they are packed into, a microbatch of which has its gradient computed at once.
         dropout: residual dropout rate.
         chunk: target tokens a row that meet the head at once.
-        shape: padding multiples.
         checkpoint_every, keep: updates between checkpoints (0: none), and how many are kept.
     """
 
     optimizer: Optimizer
     epochs: int
     batch: int
-    microbatch: int
+    shape: packing.Shape
     seed: int
     dropout: float
     chunk: int
-    shape: batches.Shape
     checkpoint_every: int
     keep: int
 
@@ -73,28 +71,22 @@ Item = Any  # anything with `rows`: batches.Row for SFT, PairRow for DPO
 OnCheckpoint = Callable[[int, llama.Params], bool]
 
 
-def place_rows(rows: Sequence[batches.Row], count: int, shape: batches.Shape, mesh: jax.sharding.Mesh) -> Batch:
-    """Pads rows and puts them on the mesh."""
-    padded = batches.pad_rows(rows, count, shape)
-    return Batch(*(place(getattr(padded, field), mesh) for field in Batch._fields))
+def collate_rows(items: Sequence[Item], part: packing.Microbatch, plan: Plan, mesh: jax.sharding.Mesh) -> Batch:
+    """A microbatch of an update's items on the mesh."""
+    rows = packing.lay([item.rows for item in items], part, plan.shape)
+    return Batch(*(place(getattr(rows, field), mesh) for field in Batch._fields))
 
 
-def collate_rows(items: Sequence[batches.Row], plan: Plan, mesh: jax.sharding.Mesh) -> Batch:
-    """A microbatch of SFT rows; a short one is padded with rows of weight 0."""
-    return place_rows(items, padded_rows(plan.microbatch, mesh), plan.shape, mesh)
-
-
-def collate_pairs(items: Sequence[PairRow], plan: Plan, mesh: jax.sharding.Mesh) -> step.PairBatch:
-    """A microbatch of pairs, chosen and rejected interleaved; a short one is padded with pairs of weight 0."""
-    count = padded_rows(2 * plan.microbatch, mesh)
-    rows = [row for pair in items for row in (pair.chosen, pair.rejected)]
-    reference = np.zeros((count,), np.float32)
-    weights = np.zeros((count // 2,), np.float32)
-    for index, pair in enumerate(items):
-        reference[2 * index : 2 * index + 2] = (pair.ref_chosen, pair.ref_rejected)
+def collate_pairs(
+    items: Sequence[PairRow], part: packing.Microbatch, plan: Plan, mesh: jax.sharding.Mesh
+) -> step.PairBatch:
+    """A microbatch of an update's pairs on the mesh, and what the reference says of them; P is the update's pairs."""
+    reference = np.zeros((2 * plan.batch,), np.float32)
+    weights = np.zeros((plan.batch,), np.float32)
+    for index, pair in enumerate(part.members):
+        reference[2 * index : 2 * index + 2] = (items[pair].ref_chosen, items[pair].ref_rejected)
         weights[index] = 1.0
-    batch = place_rows(rows, count, plan.shape, mesh)
-    return step.PairBatch(batch, place(reference, mesh), place(weights, mesh, {"rows": None}))
+    return step.PairBatch(collate_rows(items, part, plan, mesh), replicate(reference, mesh), replicate(weights, mesh))
 
 
 def train(
@@ -115,7 +107,7 @@ def train(
     Args:
         name: shown in the progress line.
         items: encoded examples.
-        collate: items of a microbatch -> device batch, `collate_rows` or `collate_pairs`.
+        collate: an update's items and one of its microbatches -> device batch, `collate_rows` or `collate_pairs`.
         objective: `step.sft_objective` or a partial of `step.dpo_objective`.
         directory: the model's folder; `checkpoints/` and `metrics/` are kept there.
         on_checkpoint: called with (step, params) after each checkpoint; True ends training there (early stopping).
@@ -140,7 +132,7 @@ def train(
     check_alike(params, (state, total))
     write, close = metric_files.writer(directory / "metrics")
     base = jax.random.key(plan.seed)
-    pending: tuple[int, int, list[step.Metrics], jax.Array] | None = None
+    pending: tuple[int, dict[str, float], list[step.Metrics], jax.Array] | None = None
     reported = time.monotonic()
 
     def report() -> str:
@@ -148,10 +140,10 @@ def train(
         nonlocal pending, reported
         if pending is None:
             return ""
-        at, tokens, parts, norm = pending
+        at, counts, parts, norm = pending
         row = _row(at, parts, float(norm))
         now = time.monotonic()
-        row |= {"tokens": tokens, "tokens_per_s": tokens / max(now - reported, 1e-9)}
+        row |= {**counts, "tokens_per_s": counts["tokens"] / max(now - reported, 1e-9)}
         pending, reported = None, now
         if not (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"])):
             raise UserError(
@@ -171,21 +163,24 @@ def train(
             indices = batches.batch_indices(len(items), plan.epochs, plan.seed, plan.batch, number)
             chosen = [items[i] for i in indices]
             key = jax.random.fold_in(base, number)
-            parts = []
-            for part, members in enumerate(
-                batches.microbatches([_longest(item) for item in chosen], plan.microbatch)
-            ):
-                batch = collate([chosen[i] for i in members], plan, mesh)
-                total, measured = step.add_gradient(
+            measured = []
+            parts = packing.microbatches([item.rows for item in chosen], plan.shape)
+            for place_of, part in enumerate(parts):
+                batch = collate(chosen, part, plan, mesh)
+                total, metrics = step.add_gradient(
                     config, compute, objective, plan.chunk, plan.dropout, params, total, batch,
-                    jax.random.fold_in(key, part),
+                    jax.random.fold_in(key, place_of),
                 )  # fmt: skip
-                parts.append(measured)
+                measured.append(metrics)
             params, state, total, norm = step.apply_gradient(plan.optimizer, params, state, total)
             note = report() or note
             if checkpoints:
                 checkpoint.check(checkpoints)
-            pending = (number, sum(len(row.tokens) for item in chosen for row in item.rows), parts, norm)
+            counts = {
+                "tokens": sum(len(row.tokens) for item in chosen for row in item.rows),
+                "wasted": packing.wasted(parts, plan.shape),
+            }
+            pending = (number, counts, measured, norm)
             if checkpoints and (number + 1) % plan.checkpoint_every == 0 and number + 1 < total_steps:
                 note = report() or note  # a state is saved only after its loss is known to be finite
                 checkpoint.save(checkpoints, number + 1, {"params": params, "state": state})
@@ -201,10 +196,6 @@ def train(
         if last and key in last[-1]:
             summary[key] = sum(row[key] for row in last) / len(last)
     return params, summary
-
-
-def _longest(item: Item) -> int:
-    return max(len(row.tokens) for row in item.rows)
 
 
 def _row(at: int, parts: list[step.Metrics], norm: float) -> dict[str, float]:

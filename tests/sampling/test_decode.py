@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selfreward_jax.data.batches import Row, Shape
+from selfreward_jax.data.batches import Row
 from selfreward_jax.model import llama
 from selfreward_jax.model.attention import NOWHERE
 from selfreward_jax.sampling import decode
 from selfreward_jax.sampling.stopping import stop_table
 from selfreward_jax.sampling.tokens import Sampling, choose, request_keys
 from selfreward_jax.sharding.place import place, rows_multiple
-from selfreward_jax.training import step, trainer
+from selfreward_jax.training import step
 
 COMPUTE, UNROLLED = llama.Compute(), llama.Compute(unroll=2)
 SAMPLING = Sampling(temperature=0.9, top_p=0.95, max_new_tokens=8, window=16)
@@ -103,13 +103,13 @@ def test_lengths_and_stops(sampled):
     assert sampled.done.all()
 
 
-def test_logps_are_the_models(sampled, small, mesh, params, prompts):
+def test_logps_are_the_models(sampled, small, mesh, params, prompts, rows_apart):
     """Teacher forcing, as in training, gives the log-probs that were returned, at temperature 1."""
     real = [row for row in range(8) if row // 2 != 2]
     rows = [
         Row(tuple(map(int, (*prompts[row // 2], *completions(sampled)[row]))), len(prompts[row // 2])) for row in real
     ]
-    forced = step.logprob_pass(small, COMPUTE, 8, params, trainer.place_rows(rows, 6, Shape(16, 8), mesh))
+    forced = step.logprob_pass(small, COMPUTE, 8, params, rows_apart(rows, 6, 16, mesh))
     np.testing.assert_allclose(sampled.logps[real], forced, atol=1e-4)
 
 

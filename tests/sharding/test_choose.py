@@ -72,13 +72,13 @@ def test_any_number_of_devices_has_a_mesh_that_divides_the_model(config, devices
 
 
 def test_the_rows_that_are_padding_are_counted_as_they_are_computed(capsys):
-    config = Config(sft=TrainConfig(microbatch=8), dpo=DpoConfig(microbatch=4), mesh=MeshConfig(2, 2, 2))
+    config = Config(sft=TrainConfig(batch=8), dpo=DpoConfig(batch=4), mesh=MeshConfig(2, 2, 2))
     source = open_source("random:tiny")
     loaded.training_mesh(config, source.config)
     assert capsys.readouterr().out == ""
-    config = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, microbatch=1))
+    config = dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, batch=1))
     loaded.training_mesh(config, source.config)
-    assert capsys.readouterr().out == "dpo.microbatch=1: 2 of 4 rows of a step are padding on data x fsdp = 4\n"
+    assert capsys.readouterr().out == "dpo.batch=1: at least 3 of 4 rows, data x fsdp, are padding\n"
 
 
 def test_a_named_mesh_that_cuts_query_heads_across_kv_heads_is_one_line():

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from selfreward_jax.data.batches import Row, Shape
+from selfreward_jax.data import packing
+from selfreward_jax.data.batches import Row
 from selfreward_jax.model import llama
 from selfreward_jax.sharding import rules
 from selfreward_jax.training import step, trainer
@@ -17,7 +18,7 @@ from selfreward_jax.training.optimizer import Optimizer, make
 
 SPEC = Optimizer(lr=1e-3, lr_end=1e-4, steps=10, weight_decay=0.1, clip=0.5)
 OBJECTIVE = partial(step.dpo_objective, beta=0.1)
-SHAPES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (3, 1, 1)]  # eight rows: a pair on two devices; nine, one is filler
+SHAPES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (3, 1, 1)]  # three pairs: in a row; and in three of eight, four and three
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +31,15 @@ def updates(mesh_of, even, random_params):
         return Row(tuple(map(int, rng.integers(0, even.vocab_size, size=length))), int(rng.integers(1, 5)))
 
     pairs = [trainer.PairRow(row(), row(), *map(float, rng.normal(-40, 2, 2))) for _ in range(3)]
-    plan = trainer.Plan(SPEC, 1, 4, 4, 0, 0.0, 4, Shape(16, 16), 0, 1)
     result = {}
     for shape in SHAPES:
         mesh = mesh_of(shape)
         with jax.set_mesh(mesh):
             params = random_params(even, mesh)
-            batch = trainer.collate_pairs(pairs, plan, mesh)  # three pairs and one that only fills
+            packed = packing.Shape(96, shape[0] * shape[1], 8, True)
+            plan = trainer.Plan(SPEC, 1, 4, packed, 0, 0.0, 4, 0, 1)  # three pairs and one that only fills
+            part = packing.Microbatch(96, [[0, 1, 2]] if packed.rows == 1 else [[0], [1], [2]], 0)
+            batch = trainer.collate_pairs(pairs, part, plan, mesh)
             total = jax.jit(lambda p: (jax.tree.map(jnp.zeros_like, p), jnp.float32(0)))(params)
             state = jax.jit(make(SPEC).init)(params)
             total, metrics = step.add_gradient(

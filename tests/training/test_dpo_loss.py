@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from selfreward_jax.data.batches import Row, Shape
+from selfreward_jax.data import packing
+from selfreward_jax.data.batches import Row
 from selfreward_jax.model import llama
 from selfreward_jax.model.config import from_hf
 from selfreward_jax.sharding.rules import shardings
@@ -157,7 +158,7 @@ def golden_params(config, seed):
     }  # fmt: skip
 
 
-def test_trl_gives_the_same_numbers(mesh):
+def test_trl_gives_the_same_numbers(mesh, rows_apart):
     golden = json.loads((GOLDEN / "dpo.json").read_text())
     config, compute = from_hf(golden["config"]), llama.Compute()
     place = shardings(llama.logical_axes(config), mesh)
@@ -170,7 +171,7 @@ def test_trl_gives_the_same_numbers(mesh):
         for pair in golden["pairs"]
         for side in sides
     ]
-    placed = trainer.place_rows(rows, 4, Shape(16, 16), mesh)
+    placed = rows_apart(rows, 4, 128, mesh)
     for name, params in (("policy", policy), ("reference", reference)):
         sums = np.asarray(step.logprob_pass(config, compute, 32, params, placed).sum(-1))
         want = [pair["logps"][name][side] for pair in golden["pairs"] for side in sides]
@@ -179,10 +180,11 @@ def test_trl_gives_the_same_numbers(mesh):
         trainer.PairRow(rows[2 * i], rows[2 * i + 1], float(sums[2 * i]), float(sums[2 * i + 1]))
         for i in range(len(golden["pairs"]))
     ]
-    plan = trainer.Plan(Optimizer(1e-6, 1e-6, 1), 1, 2, 2, 0, 0.0, 32, Shape(16, 16), 0, 1)
+    plan = trainer.Plan(Optimizer(1e-6, 1e-6, 1), 1, 2, packing.Shape(160, 2, 1, True), 0, 0.0, 32, 0, 1)
+    (part,) = packing.microbatches([pair.rows for pair in pairs], plan.shape)
     total, metrics = step.add_gradient(
         config, compute, partial(step.dpo_objective, beta=golden["beta"]), 32, 0.0, policy,
-        (jax.tree.map(jnp.zeros_like, policy), jnp.float32(0)), trainer.collate_pairs(pairs, plan, mesh),
+        (jax.tree.map(jnp.zeros_like, policy), jnp.float32(0)), trainer.collate_pairs(pairs, part, plan, mesh),
         jax.random.key(0),
     )  # fmt: skip
     mean = {name: float(value / weight) for name, (value, weight) in metrics.items()}

@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selfreward_jax.data.batches import Row, Shape
+from selfreward_jax.data.batches import Row
 from selfreward_jax.model import llama
-from selfreward_jax.training import step, trainer
+from selfreward_jax.training import step
 from selfreward_jax.training.logprobs import target_logprobs
 
 COMPUTE = llama.Compute()
-SHAPE = Shape(time=16, targets=8)
 
 
 @pytest.fixture
@@ -43,9 +42,9 @@ def reference(config, params, row):
 
 
 @pytest.mark.parametrize("chunk", [3, 8, 100])
-def test_logprobs_are_the_shifted_log_softmax(chunk, rows, small, mesh, params):
-    got = np.asarray(step.logprob_pass(small, COMPUTE, chunk, params, trainer.place_rows(rows, 4, SHAPE, mesh)))
-    assert got.shape == (4, 8)
+def test_logprobs_are_the_shifted_log_softmax(chunk, rows, small, mesh, params, rows_apart):
+    got = np.asarray(step.logprob_pass(small, COMPUTE, chunk, params, rows_apart(rows, 4, 16, mesh)))
+    assert got.shape == (4, 16)
     assert got.dtype == np.float32
     for index, row in enumerate(rows):
         want = reference(small, params, row)
@@ -56,9 +55,9 @@ def test_logprobs_are_the_shifted_log_softmax(chunk, rows, small, mesh, params):
     assert np.abs(np.diff(got[0, :7])).min() > 1e-3
 
 
-def test_padding_has_no_gradient(rows, small, mesh, params):
+def test_padding_has_no_gradient(rows, small, mesh, params, rows_apart):
     """The same rows, padded with other tokens and to other shapes, give the same log-probs."""
-    batch = trainer.place_rows(rows, 4, SHAPE, mesh)
+    batch = rows_apart(rows, 4, 16, mesh)
     other = batch._replace(
         tokens=jnp.where(batch.positions < 100, batch.tokens, 7),
         targets=jnp.where(batch.weights > 0, batch.targets, 9),
@@ -68,11 +67,11 @@ def test_padding_has_no_gradient(rows, small, mesh, params):
     np.testing.assert_array_equal(one, two)
 
 
-def test_a_tied_head_and_bfloat16(rows, small, mesh, random_params):
+def test_a_tied_head_and_bfloat16(rows, small, mesh, random_params, rows_apart):
     tied = dataclasses.replace(small, tied=True)
     params = random_params(tied, mesh)
     got = step.logprob_pass(
-        tied, llama.Compute(dtype="bfloat16"), 8, params, trainer.place_rows(rows, 4, SHAPE, mesh)
+        tied, llama.Compute(dtype="bfloat16"), 8, params, rows_apart(rows, 4, 16, mesh)
     )
     assert got.dtype == jnp.float32  # sums over a response in bfloat16 would lose whole nats
     want = reference(tied, params | {"head": params["embed"].T}, rows[0])
@@ -93,24 +92,24 @@ def shapes_in(jaxpr):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_no_logits_of_all_positions(backward, rows, small, mesh, params):
+def test_no_logits_of_all_positions(backward, rows, small, mesh, params, rows_apart):
     """V meets at most `chunk` targets a row at a time, also in the backward pass and in what it keeps."""
-    batch = trainer.place_rows(rows, 4, SHAPE, mesh)
+    batch = rows_apart(rows, 4, 16, mesh)
 
     def largest(chunk):
         run = lambda p: target_logprobs(small, COMPUTE, p, batch, chunk).sum()  # noqa: E731
         jaxpr = jax.make_jaxpr(jax.grad(run) if backward else run)(params).jaxpr
         shapes = {shape for shape in shapes_in(jaxpr) if small.vocab_size in shape}
-        assert (4, min(chunk, 8), small.vocab_size) in shapes  # the walk does see logits
+        assert (4, min(chunk, 16), small.vocab_size) in shapes  # the walk does see logits
         return max(math.prod(shape) // small.vocab_size for shape in shapes)
 
     assert largest(2) == small.embed  # the head itself; the logits are 4 rows x 2
-    assert largest(8) == 4 * 8  # a chunk of all M targets is seen: so the walk would see [B,T,V]
+    assert largest(16) == 4 * 16  # a chunk of all M targets is seen: so the walk would see [B,T,V]
 
 
-def test_the_compiled_program_holds_one_chunk(rows, small, mesh, params):
+def test_the_compiled_program_holds_one_chunk(rows, small, mesh, params, rows_apart):
     """The same in what XLA made of it: nothing fuses the chunks together again."""
-    batch = trainer.place_rows(rows, 4, SHAPE, mesh)
+    batch = rows_apart(rows, 4, 16, mesh)
     text = step.logprob_pass.lower(small, COMPUTE, 2, params, batch).compile().as_text()
     shapes = {tuple(map(int, found.split(","))) for found in re.findall(r"f32\[([\d,]+)\]", text)}
     logits = {shape for shape in shapes if small.vocab_size in shape and small.embed not in shape}

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selfreward_jax.data.batches import Row, Shape
+from selfreward_jax.data import packing
+from selfreward_jax.data.batches import Row
 from selfreward_jax.model import llama
-from selfreward_jax.sharding.place import place
+from selfreward_jax.sharding.place import replicate
 from selfreward_jax.training import step, trainer
 from selfreward_jax.training.logprobs import Batch
 from selfreward_jax.training.optimizer import Optimizer, make
 
-SHAPE = Shape(time=16, targets=8)
 # (length, start) of six rows: the two microbatches of a run have 23 and 3 targets.
 SPANS = [(13, 6), (8, 1), (9, 4), (12, 8), (7, 6), (10, 8)]
 
@@ -31,11 +31,17 @@ def zeros(params):
     return jax.tree.map(jnp.zeros_like, params), jnp.float32(0)
 
 
-def add(small, mesh, params, total, rows, dropout=0.0, key=0):
-    batch = trainer.place_rows(rows, 4, SHAPE, mesh)
-    return step.add_gradient(
-        small, llama.Compute(), step.sft_objective, 3, dropout, params, total, batch, jax.random.key(key)
-    )
+@pytest.fixture
+def add(small, mesh, rows_apart):
+    """`add(params, total, rows)`: the step over rows of a sequence each."""
+
+    def go(params, total, rows):
+        batch = rows_apart(rows, 4, 16, mesh)
+        return step.add_gradient(
+            small, llama.Compute(), step.sft_objective, 3, 0.0, params, total, batch, jax.random.key(0)
+        )
+
+    return go
 
 
 def whole_gradient(small, params, rows):
@@ -59,11 +65,11 @@ def whole_gradient(small, params, rows):
     return gradient(params, tokens, np.arange(16, dtype=np.int32)[None].repeat(len(rows), 0), targets)
 
 
-def test_accumulation_is_one_big_batch(rows, small, mesh, random_params):
+def test_accumulation_is_one_big_batch(rows, small, mesh, random_params, add):
     params = random_params(small, mesh)
-    total, first = add(small, mesh, params, zeros(params), rows[:4])
+    total, first = add(params, zeros(params), rows[:4])
     alone = [jax.tree.map(lambda g: np.array(g / total[1]), total[0])]
-    total, second = add(small, mesh, params, total, rows[4:])  # two rows, and two that fill
+    total, second = add(params, total, rows[4:])  # two rows, and two that fill
     assert float(first["loss"][1]) == 23
     assert float(second["loss"][1]) == 3
     assert float(total[1]) == 26
@@ -71,17 +77,17 @@ def test_accumulation_is_one_big_batch(rows, small, mesh, random_params):
     assert float(first["loss"][0] + second["loss"][0]) / 26 == pytest.approx(float(loss), rel=1e-5)
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g / 26, w, rtol=1e-4, atol=1e-5), total[0], want)
     # A mean of the two means is something else.
-    other, _ = add(small, mesh, params, zeros(params), rows[4:])
+    other, _ = add(params, zeros(params), rows[4:])
     alone.append(jax.tree.map(lambda g: np.array(g / other[1]), other[0]))
     difference = jax.tree.map(lambda a, b, w: np.abs((a + b) / 2 - w).max(), *alone, want)
     assert max(jax.tree.leaves(difference)) > 0.01
 
 
-def test_a_mixing_weight_weighs_an_examples_targets(rows, small, mesh, random_params):
+def test_a_mixing_weight_weighs_an_examples_targets(rows, small, mesh, random_params, add):
     params = random_params(small, mesh)
     mixed = [dataclasses.replace(row, weight=2.5 if index % 2 else 1.0) for index, row in enumerate(rows)]
-    total, first = add(small, mesh, params, zeros(params), mixed[:4])
-    total, second = add(small, mesh, params, total, mixed[4:])
+    total, first = add(params, zeros(params), mixed[:4])
+    total, second = add(params, total, mixed[4:])
     weight = sum((len(row.tokens) - row.start) * row.weight for row in mixed)
     assert float(total[1]) == weight
     loss, want = whole_gradient(small, params, mixed)
@@ -89,10 +95,10 @@ def test_a_mixing_weight_weighs_an_examples_targets(rows, small, mesh, random_pa
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g / weight, w, rtol=1e-4, atol=1e-5), total[0], want)
 
 
-def test_the_sum_is_donated_and_the_parameters_are_not(rows, small, mesh, random_params):
+def test_the_sum_is_donated_and_the_parameters_are_not(rows, small, mesh, random_params, add):
     params = random_params(small, mesh)
     total = zeros(params)
-    add(small, mesh, params, total, rows[:4])
+    add(params, total, rows[:4])
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(total[0]))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 
@@ -157,7 +163,8 @@ def pair_batch(logps, reference, pair_weights):
     weights = np.ones((len(logps), 3), np.float32)
     weights[1::2, 2] = 0
     empty = jnp.zeros(weights.shape, jnp.int32)
-    rows = Batch(empty, empty, empty, empty, jnp.asarray(weights))
+    sequences = jnp.broadcast_to(jnp.arange(len(logps))[:, None], weights.shape)
+    rows = Batch(empty, empty, empty, empty, empty, jnp.asarray(weights), sequences)
     return step.PairBatch(rows, jnp.asarray(reference, jnp.float32), jnp.asarray(pair_weights, jnp.float32))
 
 
@@ -184,16 +191,17 @@ def test_dpo_objective_pairs_neighbours_and_skips_filler(mesh):
         assert (float(metrics[name][0]), float(metrics[name][1])) == (pytest.approx(value, rel=1e-5), 3), name
 
 
-def test_dpo_starts_at_ln_2(rows, small, mesh, random_params):
+def test_dpo_starts_at_ln_2(rows, small, mesh, random_params, rows_apart):
     """The reference's pass and the policy's own log-probs are one function: no reward before the first update."""
     params = random_params(small, mesh)
-    plan = trainer.Plan(SPEC, 1, 2, 2, 0, 0.0, 3, SHAPE, 0, 1)
+    plan = trainer.Plan(SPEC, 1, 2, packing.Shape(48, 1, 1, True), 0, 0.0, 3, 0, 1)
     logps = lambda batch: step.logprob_pass(small, llama.Compute(), 3, params, batch)  # noqa: E731
-    sums = np.asarray(logps(trainer.place_rows(rows[:4], 4, SHAPE, mesh)).sum(-1))
+    sums = np.asarray(logps(rows_apart(rows[:4], 4, 16, mesh)).sum(-1))
     pairs = [trainer.PairRow(rows[i], rows[i + 1], float(sums[i]), float(sums[i + 1])) for i in (0, 2)]
-    batch = trainer.collate_pairs(pairs, plan, mesh)
+    (part,) = packing.microbatches([pair.rows for pair in pairs], plan.shape)
+    batch = trainer.collate_pairs(pairs, part, plan, mesh)
     total, weight, metrics = step.dpo_objective(batch, logps, beta=0.1)
     assert float(total / weight) == pytest.approx(math.log(2), rel=1e-6)
     assert abs(float(metrics["margin"][0])) < 1e-6
-    shifted = batch._replace(reference=place(np.roll(np.asarray(batch.reference), 1), mesh))
+    shifted = batch._replace(reference=replicate(np.roll(np.asarray(batch.reference), 1), mesh))
     assert abs(float(step.dpo_objective(shifted, logps, beta=0.1)[0] / weight) - math.log(2)) > 1e-2

@@ -12,21 +12,21 @@ import pytest
 from etils import epath
 from jax.sharding import PartitionSpec as P
 
-from selfreward_jax.data import batches
-from selfreward_jax.data.batches import Row, Shape
+from selfreward_jax.data import batches, packing
+from selfreward_jax.data.batches import Row
 from selfreward_jax.errors import UserError
 from selfreward_jax.model import llama
 from selfreward_jax.observe import metrics
-from selfreward_jax.sharding.place import padded_rows
 from selfreward_jax.training import checkpoint, step, trainer
+from selfreward_jax.training.logprobs import of_sequences
 from selfreward_jax.training.optimizer import Optimizer, make
 from selfreward_jax.training.trainer import Plan, collate_pairs, collate_rows
 
 COMPUTE = llama.Compute()
-# 9 examples twice in batches of 4: five updates, the last of 2. Microbatches of 3: a full one and a short one.
+# 9 examples twice in batches of 4: five updates, the last of 2. Rows hold one or two examples: two or three an update.
 PLAN = Plan(
-    Optimizer(lr=0.03, lr_end=0.003, steps=5, weight_decay=0.1), epochs=2, batch=4, microbatch=3, seed=11,
-    dropout=0.1, chunk=3, shape=Shape(time=16, targets=8), checkpoint_every=2, keep=2,
+    Optimizer(lr=0.03, lr_end=0.003, steps=5, weight_decay=0.1), epochs=2, batch=4, shape=packing.Shape(20, 1, 4, True),
+    seed=11, dropout=0.1, chunk=3, checkpoint_every=2, keep=2,
 )  # fmt: skip
 
 
@@ -122,7 +122,8 @@ def test_metrics_rows_and_the_short_last_batch(run, tmp_path, items, capsys):
         seen = batches.batch_indices(9, 2, PLAN.seed, 4, number)
         assert len(seen) == (4 if number < 4 else 2)
         assert row["tokens"] == sum(len(items[i].tokens) for i in seen)
-        assert set(row) == {"step", "loss", "grad_norm", "tokens", "tokens_per_s"}
+        assert set(row) == {"step", "loss", "grad_norm", "tokens", "wasted", "tokens_per_s"}
+        assert 0 <= row["wasted"] < 0.5
         assert row["grad_norm"] > 0
         assert row["tokens_per_s"] > 0
     assert summary["updates"] == 5
@@ -136,12 +137,13 @@ def test_the_loop_is_the_steps_by_hand(run, small, mesh, random_params, items):
     total = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
     for number in range(5):
         batch = [items[i] for i in batches.batch_indices(9, 2, PLAN.seed, 4, number)]
-        batch.sort(key=lambda row: -len(row.tokens))
         key = jax.random.fold_in(jax.random.key(PLAN.seed), number)
-        for part in range(-(-len(batch) // 3)):
-            placed = trainer.place_rows(batch[3 * part : 3 * part + 3], 3, PLAN.shape, mesh)
+        parts = packing.microbatches([row.rows for row in batch], PLAN.shape)
+        assert len(parts) > 1
+        for place, part in enumerate(parts):
+            placed = collate_rows(batch, part, PLAN, mesh)
             total, _ = step.add_gradient(
-                small, COMPUTE, step.sft_objective, 3, 0.1, params, total, placed, jax.random.fold_in(key, part)
+                small, COMPUTE, step.sft_objective, 3, 0.1, params, total, placed, jax.random.fold_in(key, place)
             )
         params, state, total, _ = step.apply_gradient(PLAN.optimizer, params, state, total)
     jax.tree.map(np.testing.assert_array_equal, run("loop")[0], params)
@@ -179,47 +181,33 @@ def test_an_optimizer_that_lost_its_axes_is_refused(mesh, even, items, random_pa
         go()
 
 
-def test_collate_pairs_interleaves_and_pads(small, mesh, items):
+def test_collate_pairs_numbers_its_sequences_and_fills(mesh, items):
     pairs = [trainer.PairRow(items[0], items[1], -1.5, -2.5), trainer.PairRow(items[2], items[3], -3.5, -4.5)]
-    batch = collate_pairs(pairs, PLAN, mesh)
-    assert batch.rows.tokens.shape == (6, 16)
-    assert batch.weights.tolist() == [1, 1, 0]
-    assert batch.reference.tolist() == [-1.5, -2.5, -3.5, -4.5, 0, 0]
-    for index in range(4):
-        assert tuple(batch.rows.tokens[index, : len(items[index].tokens)].tolist()) == items[index].tokens
-        assert float(batch.rows.weights[index].sum()) == len(items[index].tokens) - items[index].start
-    assert float(batch.rows.weights[4:].sum()) == 0
+    plan = dataclasses.replace(PLAN, shape=packing.Shape(80, 2, 4, True))
+    (part,) = packing.microbatches([pair.rows for pair in pairs], plan.shape)
+    batch = collate_pairs(pairs, part, plan, mesh)
+    assert batch.weights.tolist() == [1, 1, 0, 0]  # the plan's batch is four
+    want = [(pairs[i].ref_chosen, pairs[i].ref_rejected) for i in part.members]
+    assert batch.reference.reshape(-1, 2)[:2].tolist() == [list(pair) for pair in want]
+    counts = of_sequences(jnp.ones_like(batch.rows.weights), batch.rows, 8)
+    targets = [len(row.tokens) - row.start for i in part.members for row in pairs[i].rows]
+    assert counts.tolist() == [*targets, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("mesh", [(2, 2, 2)], indirect=True)
 def test_collate_fills_every_shard(mesh, items):
-    rows = collate_rows(items[:3], PLAN, mesh)
-    assert rows.tokens.shape == (4, 16)  # a multiple of data x fsdp
+    plan = dataclasses.replace(PLAN, shape=packing.Shape(32, 4, 4, True))
+    (part,) = packing.microbatches([row.rows for row in items[:3]], plan.shape)
+    rows = collate_rows(items[:3], part, plan, mesh)
+    assert rows.tokens.shape == (4, part.time) and part.time == 16  # as short as three of the four rows can be
     assert {piece.data.shape for piece in rows.tokens.addressable_shards} == {(1, 16)}
-
-
-@pytest.mark.parametrize(
-    ("mesh", "microbatch", "rows"),
-    [((8, 1, 1), 4, 8), ((2, 2, 2), 1, 4), ((1, 4, 2), 3, 8), ((3, 1, 1), 4, 9), ((1, 1, 8), 3, 6)],
-    indirect=["mesh"],
-)
-def test_rows_are_padded_and_not_pairs(mesh, microbatch, rows, items):
-    """What is computed is the fewest rows that fill the shards, and what the printed line counts."""
-    plan = dataclasses.replace(PLAN, microbatch=microbatch)
-    pairs = [trainer.PairRow(items[2 * i], items[2 * i + 1], -1.0, -2.0) for i in range(microbatch)]
-    batch = collate_pairs(pairs, plan, mesh)
-    assert batch.rows.tokens.shape == (rows, 16) and batch.reference.shape == (rows,)
-    assert padded_rows(2 * microbatch, mesh) == rows
-    assert batch.weights.tolist() == [1] * microbatch + [0] * (rows // 2 - microbatch)
-    chosen, rejected = step.split_pairs(batch.reference)
-    assert chosen.tolist() == (-batch.weights).tolist() and rejected.tolist() == (-2 * batch.weights).tolist()
 
 
 def test_dpo_rows_carry_rewards(small, mesh, items, random_params, tmp_path):
     """Pairs through the whole loop: the policy learns to prefer what is chosen."""
     params = random_params(small, mesh)
     pairs = [trainer.PairRow(items[2 * i], items[2 * i + 1], -20.0, -20.0) for i in range(3)]
-    plan = Plan(PLAN.optimizer, 5, 3, 3, 0, 0.0, 3, PLAN.shape, 0, 1)
+    plan = Plan(PLAN.optimizer, 5, 3, packing.Shape(64, 1, 8, True), 0, 0.0, 3, 0, 1)
     objective = partial(step.dpo_objective, beta=0.1)
     folder = epath.Path(tmp_path) / "dpo"
     _, summary = trainer.train("dpo", small, COMPUTE, plan, mesh, params, pairs, collate_pairs, objective, folder)
