@@ -2,7 +2,8 @@
 
 The parent sends orders, a JSON object a line, to the child's standard input and reads one JSON object back for each.
 Every reply carries how long the work took (`seconds`, wall clock), the share of the core that it got (`core_share`:
-below 1 something else ran there) and how many threads did it (`threads`).
+below 1 something else ran there), how many threads did it (`threads`) and the most memory that the process held
+meanwhile (`peak_mb`).
 """
 
 import contextlib
@@ -127,13 +128,29 @@ def serve(make: Callable[[], tuple[dict[str, Any], Do]], core: int) -> None:
     replies.write(json.dumps(about | {"load_seconds": round(time.perf_counter() - begin, 2)}) + "\n")
     for line in sys.stdin:
         order = json.loads(line)
+        _forget_peak()
         before, cpu, begin = _thread_times(), time.process_time(), time.perf_counter()
         reply = do(order)
         seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
         spent = [ticks - before.get(thread, 0) for thread, ticks in _thread_times().items()]
         busy = sum(ticks > BUSY * sum(spent) for ticks in spent)
-        reply |= {"seconds": seconds, "core_share": cpu / seconds, "threads": busy}
+        reply |= {"seconds": seconds, "core_share": cpu / seconds, "threads": busy, "peak_mb": _peak_mb()}
         replies.write(json.dumps(reply) + "\n")
+
+
+def _forget_peak() -> None:
+    """Has the system count this process's peak memory anew; where it cannot, the peak since the start counts."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_mb() -> float:
+    """The most memory that this process held, MB; 0 where the system does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e6
+    return 0.0
 
 
 def threads_named(name: str) -> int:

@@ -75,8 +75,7 @@ def plan(run: Run, name: str, part: TrainConfig, items: Sequence[Any]) -> Plan:
     shape = packing.Shape(pad, rows_multiple(run.mesh), pad, run.attention not in kernels.SEGMENTS)
     orders = (batches.batch_indices(len(items), part.epochs, run.config.seed, part.batch, i) for i in range(steps))
     updates = [[items[i].rows for i in order] for order in orders]
-    layer = (model.parameter_count() - model.vocab_size * model.embed * (1 if model.tied else 2)) / model.layers
-    time = packing.choose_time(updates, shape, part.row, model.q_heads * model.head_dim / layer)
+    time = packing.choose_time(updates, shape, part.row, model.attention_share())
     shape = dataclasses.replace(shape, time=time)
     parts = [part for groups in updates for part in packing.microbatches(groups, shape)]
     whole = sum(len(row.tokens) for groups in updates for rows in groups for row in rows)

@@ -70,6 +70,14 @@ class LlamaConfig:
         mlp = 3 * d * self.ffn + (2 * self.ffn + d) * self.mlp_bias
         return self.layers * (attention + mlp + 2 * d) + self.vocab_size * d * (1 if self.tied else 2) + d
 
+    def attention_share(self) -> float:
+        """What attention adds to a token's operations for each token of its row, as a share of those of its matrices.
+
+        Of T keys a causal row sees half, at 4 N H operations each for scores and values; a matrix takes 2 a parameter.
+        """
+        embeddings = self.vocab_size * self.embed * (1 if self.tied else 2)
+        return self.layers * self.q_heads * self.head_dim / (self.parameter_count() - embeddings)
+
 
 # Fields that describe files, training of others, or outputs we never ask for: they cannot change a logit.
 _INERT = frozenset(

@@ -314,7 +314,7 @@ def test_dropout_of_zero_is_none(small, mesh, random_params):
 
     @partial(jax.jit, static_argnums=0)
     def run(rate, params, tokens, positions, key):
-        return llama.hidden_states(small, llama.Compute(), params, tokens, positions, llama.Dropout(rate, key))
+        return llama.hidden_states(small, llama.Compute(), params, tokens, positions, dropout=llama.Dropout(rate, key))
 
     np.testing.assert_array_equal(run(0.0, params, *batch, jax.random.key(0)), none)
     one, same, other = (run(0.1, params, *batch, jax.random.key(seed)) for seed in (0, 0, 1))
@@ -334,7 +334,7 @@ def test_dropout_is_drawn_anew_everywhere_and_keeps_the_mean(small, mesh, random
     tokens, positions = padded([np.zeros(TIME, int)] * 40)
     rate = 0.25
     hidden = jax.jit(
-        lambda key: llama.hidden_states(config, llama.Compute(), params, tokens, positions, llama.Dropout(rate, key))
+        lambda key: llama.hidden_states(config, llama.Compute(), params, tokens, positions, dropout=llama.Dropout(rate, key))
     )(jax.random.key(3))
     total = np.asarray(hidden, np.float64) * 1e6 * (1 - rate)
     bits = np.rint(total).astype(int)

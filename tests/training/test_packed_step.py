@@ -33,7 +33,7 @@ def pairs(small):
     ]
 
 
-def gradient(config, mesh, params, items, shape, objective, collate, form):
+def gradient(config, mesh, params, items, shape, objective, collate, form, products=""):
     """Sum, weight and metrics of an update's loss, and its gradient."""
     plan = trainer.Plan(Optimizer(1e-3, 1e-3, 1), 1, len(items), shape, 0, 0.0, 4, 0, 1)
     total = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
@@ -42,7 +42,7 @@ def gradient(config, mesh, params, items, shape, objective, collate, form):
     for part in parts:
         batch = collate(items, part, plan, mesh)
         total, metrics = step.add_gradient(
-            config, llama.Compute(attention=form), objective, plan.chunk, 0.0, params, total, batch, jax.random.key(0)
+            config, llama.Compute(attention=form, products=products), objective, plan.chunk, 0.0, params, total, batch, jax.random.key(0)
         )
         loss += float(metrics["loss"][0])
     return loss, float(total[1]), jax.device_get(total[0]), parts
@@ -61,7 +61,7 @@ def test_packed_is_plain(kind, form, window, pairs, small, mesh, random_params):
         objective, collate = step.sft_objective, trainer.collate_rows
     go = partial(gradient, config, mesh, params, items, objective=objective, collate=collate)
     shared = form not in SEGMENTS
-    loss, weight, got, parts = go(shape=packing.Shape(64, 1, 1, shared), form=form)
+    loss, weight, got, parts = go(shape=packing.Shape(64, 1, 1, shared), form=form, products="float32")
     held = sum(part.tokens for part in parts)
     whole = sum(len(row.tokens) for item in items for row in item.rows)
     assert len(parts) < len(items) and (held < whole - 15 if shared else held == whole)

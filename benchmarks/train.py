@@ -1,0 +1,221 @@
+"""Our training step side by side with TRL's DPOTrainer and a plain torch SFT step: same weights, same sequences, one core.
+
+Each side is a process that is pinned to the same core and runs one thread (pinned.py, train_sides.py); only one works
+at a time. After a warm-up of its own (compiling) every round runs all sides once, beginning with another each time;
+medians count. An update is: collating, forward, backward, clipping, AdamW on all parameters. All sides see the same
+sequences, whose tokens are counted the same for all (a prompt that ours computes once counts twice), and their losses
+are compared.
+
+    dpo_vs_RIVAL         4 pairs of 64 + 192 tokens, the reference's log-probs given
+    dpo_live_vs_RIVAL    the same, the reference computed in the update
+    dpo_real_vs_RIVAL    pairs of packaged ranked replies, lengths as people wrote them
+    sft_judge_vs_RIVAL   judge examples of about 530 tokens, loss on the last 60
+    memory_vs_RIVAL      peak memory of the process in a `dpo` update, ours over theirs (weights, moments and all)
+
+The first four are the rival's seconds over ours of the same precision. Rivals that are not installed are left out.
+
+    python -m benchmarks.train --out benchmarks/results/train.json
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import platform
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import generate_work, pinned, rounds
+from benchmarks.figures import hand_over
+from selfreward_jax.cli import exit_code
+from selfreward_jax.convert import convert
+from selfreward_jax.data import oasst
+from selfreward_jax.data.chat import Chat, encode_example, encode_text, load_chat
+from selfreward_jax.data.seeds import packaged
+from selfreward_jax.errors import UserError
+from selfreward_jax.observe.progress import say
+from selfreward_jax.weights.source import open_source
+
+# side: (kind of `train_sides.OPEN`, dtype, what must be installed)
+SIDES = {
+    "ours_fp32": ("ours", "float32", "jax"), "ours_bf16": ("ours", "bfloat16", "jax"),
+    "trl_fp32": ("trl", "float32", "trl"), "trl_bf16": ("trl", "bfloat16", "trl"),
+    "torch_fp32": ("torch", "float32", "torch"), "torch_bf16": ("torch", "bfloat16", "torch"),
+}  # fmt: skip
+RIVALS = {"dpo": "trl", "dpo_live": "trl", "dpo_real": "trl", "sft_judge": "torch"}
+PROMPT, RESPONSE, PAIRS = 64, 192, 4
+JUDGED, TARGETS = 8, 60
+LOSS = {"fp32": 2e-3, "bf16": 5e-2}  # that the sides' first losses may be apart, relative
+SHARED_CORE = 0.97
+
+Sequences = list[tuple[list[int], int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """An update: the order of `train_sides` and its tokens."""
+
+    order: dict[str, Any]
+    tokens: int
+
+
+def fixed_pairs(chat: Chat) -> Sequences:
+    """Pairs of exact lengths, cut out of packaged replies."""
+    replies = [reply for ranked in oasst.load(packaged("trees.jsonl")).sets for reply in ranked.replies]
+    stream = [token for reply in replies for token in encode_text(chat, reply)]
+    each = PROMPT + 2 * RESPONSE
+    if len(stream) < PAIRS * each:
+        raise UserError(f"the packaged replies have {len(stream)} tokens, {PAIRS * each} are needed")
+    found: Sequences = []
+    for place in range(0, PAIRS * each, each):
+        prompt = stream[place : place + PROMPT]
+        middle = place + PROMPT + RESPONSE
+        found += [(prompt + stream[place + PROMPT : middle], PROMPT), (prompt + stream[middle : place + each], PROMPT)]
+    return found
+
+
+def real_pairs(chat: Chat, count: int) -> Sequences:
+    """The best and the worst reply of the first packaged ranked sets, with the end of turn."""
+    found: Sequences = []
+    for ranked in [one for one in oasst.load(packaged("trees.jsonl")).sets if len(one.replies) > 1][:count]:
+        found += [encode_example(chat, ranked.prompt, reply) for reply in (ranked.replies[0], ranked.replies[-1])]
+    if len(found) < 2 * count:
+        raise UserError(f"--real={count}: the packaged file has {len(found) // 2} ranked sets with two replies")
+    return found
+
+
+def judge_examples(chat: Chat) -> Sequences:
+    """Judge prompts near 530 tokens, whose last tokens are the targets: what is learnt does not matter for its time."""
+    prompts = generate_work.judging(chat, JUDGED, 1).prompts
+    return [(list(ids), len(ids) - TARGETS) for ids in prompts]
+
+
+def tokens_of(sequences: Sequences) -> int:
+    return sum(len(ids) for ids, _ in sequences)
+
+
+def measure(arguments: argparse.Namespace, chat: Chat, sides: dict[str, pinned.Side]) -> dict[str, Any]:
+    """All figures: the keys first, then what they come from."""
+    keys: dict[str, float] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for name in arguments.only:
+        sequences = {"dpo": fixed_pairs, "dpo_live": fixed_pairs, "sft_judge": judge_examples}.get(
+            name, lambda chat: real_pairs(chat, arguments.real)
+        )(chat)
+        order: dict[str, Any] = {"task": {"sft_judge": "sft", "dpo_live": "dpo_live"}.get(name, "dpo"), "sequences": sequences}
+        taking = [side for key, side in sides.items() if SIDES[key][0] in ("ours", RIVALS[name])]
+        if order["task"] == "dpo":
+            first = next(side for side in taking if SIDES[side.name][0] == "ours")
+            logps = pinned.ask(first, task="logps", sequences=sequences)["logps"]
+            # Not the policy's own, so that losses say something: margins of 0.1 x 6 and 0.1 x -6 in turn.
+            order["reference"] = [one + (3 if place % 4 in (0, 3) else -3) for place, one in enumerate(logps)]
+        found[name] = one = workload(name, taking, Work(order, tokens_of(sequences)), arguments.rounds)
+        for side in taking:
+            kind, precision = side.name.split("_")
+            ours = one.get(f"ours_{precision}")
+            if kind == "ours" or not ours:
+                continue
+            keys[f"{name}_vs_{side.name}"] = round(one[side.name]["seconds"] / ours["seconds"], 3)
+            if name == "dpo":
+                keys[f"memory_vs_{side.name}"] = round(ours["peak_mb"] / one[side.name]["peak_mb"], 3)
+    return keys | {"workloads": found}
+
+
+def workload(name: str, sides: list[pinned.Side], work: Work, count: int) -> dict[str, Any]:
+    """The rounds of one workload, each side's figures, and its losses compared."""
+    warm, replies = {}, {side.name: [] for side in sides}
+    for side in sides:
+        say(f"[{name}] warming up {side.name}")
+        reply, warm[side.name] = rounds.timed(lambda side=side: pinned.ask(side, **work.order))
+        replies[side.name].append(reply)
+    losses = {side.name: replies[side.name][0]["loss"] for side in sides}
+    for side in sides:
+        precision = side.name.split("_")[1]
+        expected = losses.get(f"ours_{precision}", losses[side.name])
+        if abs(losses[side.name] - expected) > LOSS[precision] * abs(expected):
+            raise UserError(f"[{name}] {side.name}: a loss of {losses[side.name]:.5f}, ours {expected:.5f}: not the same update")
+
+    def once(side: pinned.Side) -> list[rounds.Run]:
+        reply = pinned.ask(side, **work.order)
+        replies[side.name].append(reply)
+        return [rounds.Run(reply["seconds"], work.tokens, 1, 0, reply["core_share"], reply["threads"])]
+
+    runs = rounds.interleaved(name, sides, once, count)
+    out = {}
+    for side in sides:
+        taken = [run.seconds for (run,) in runs[side.name]]
+        last = replies[side.name][-1]
+        out[side.name] = {
+            "seconds": round(statistics.median(taken), 3), "spread": [round(min(taken), 3), round(max(taken), 3)],
+            "tokens": work.tokens, "tokens_per_second": round(work.tokens / statistics.median(taken), 1),
+            "loss": round(losses[side.name], 6), "positions": last["positions"],
+            "peak_mb": round(max(reply["peak_mb"] for reply in replies[side.name][1:]), 1),
+            "core_share": round(min(run.core_share for (run,) in runs[side.name]), 3),
+            "warm_up_seconds": warm[side.name],
+        } | ({"wasted": round(last["wasted"], 4)} if "wasted" in last else {})  # fmt: skip
+        one = out[side.name]
+        say(
+            f"{name:>10} {side.name:>10} {one['seconds']:>8.2f} s {one['spread']} {one['tokens_per_second']:>7.1f} tokens/s,"
+            f" {one['positions']} positions, loss {one['loss']:.4f}, peak {one['peak_mb']:.0f} MB"
+        )
+        if one["core_share"] < SHARED_CORE:
+            say(f"warning: {side.name} got {one['core_share']:.0%} of its core in a {name} run: other work ran there")
+    return out
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """The whole benchmark."""
+    problems = [f"--{name}={getattr(arguments, name)}: at least 1" for name in ("rounds", "real") if getattr(arguments, name) < 1]
+    for name, known in (("only", tuple(RIVALS)), ("sides", tuple(SIDES))):
+        asked = [word for word in getattr(arguments, name).split(",") if word]
+        problems += [f"--{name}: {word!r} is none of {', '.join(known)}" for word in asked if word not in known]
+        setattr(arguments, name, [word for word in known if word in asked])
+    if not any(name.startswith("ours") for name in arguments.sides) or not arguments.only:
+        problems.append("--sides, --only: nothing of ours is left to measure")
+    if problems:
+        raise UserError(*problems)
+    sides: dict[str, pinned.Side] = {}
+    with tempfile.TemporaryDirectory(prefix="train_", dir=arguments.dir) as scratch:
+        folder = Path(scratch)
+        say(convert(arguments.model, str(folder / "model"), "float32"))
+        source = open_source(str(folder / "model"))
+        chat = load_chat(source.tokenizer, "own", source.eos_ids)
+        try:
+            for name in arguments.sides:
+                kind, dtype, needed = SIDES[name]
+                if importlib.util.find_spec(needed) is None:
+                    say(f"{name} is left out: {needed} is not installed (the extra 'bench' has it)")
+                    continue
+                order = [kind, str(folder / "model"), dtype]
+                sides[name] = pinned.start(name, "benchmarks.train_sides", order, arguments.core, folder)
+                say(f"{name}: ready after {sides[name].about['load_seconds']} s")
+            figures = measure(arguments, chat, sides)
+        finally:
+            for side in sides.values():
+                pinned.stop(side)
+    figures |= {
+        "settings": {name: getattr(arguments, name) for name in ("model", "rounds", "real", "core")},
+        "sides": {name: side.about for name, side in sides.items()}, "cpu": pinned.cpu_name(),
+        "python": platform.python_version(),
+    }  # fmt: skip
+    hand_over(figures, arguments.out)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("--model", default="demo", help="as convert's --source (default %(default)s: SmolLM2-135M-Instruct)")
+    option("--only", default=",".join(RIVALS), help="workloads (default %(default)s)")
+    option("--sides", default=",".join(SIDES), help="who takes part (default %(default)s)")
+    option("--rounds", type=int, default=3, help="timed updates of each side (default %(default)s)")
+    option("--real", type=int, default=8, help="pairs of dpo_real (default %(default)s)")
+    option("--core", type=int, default=pinned.last_core(), help="that all sides run on (default %(default)s)")
+    option("--dir", default=None, help="where the model's files lie meanwhile; then removed")
+    option("--out", default="", help="a file for the last line too")
+    return exit_code(lambda: run(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
