@@ -48,8 +48,8 @@ def open_ours(folder: str, dtype: str) -> tuple[dict[str, Any], pinned.Do]:
     config, compute = source.config, llama.Compute(dtype, remat=REMAT, attention="mapped", products="float32")
     params = load_params(source, mesh, "float32")
     spec = optimizer.Optimizer(LR, LR, 1000)
-    held = {"params": params, "state": jax.jit(optimizer.make(spec).init)(params)}
-    held["total"] = jax.jit(lambda p: (jax.tree.map(jnp.zeros_like, p), jnp.float32(0)))(params)
+    held = {"params": params, "state": jax.jit(optimizer.init, static_argnums=0)(spec, params)}
+    held["total"] = step.no_gradient(params)
 
     def update(order: Order) -> dict[str, Any]:
         rows = [Row(tuple(ids), start) for ids, start in order["sequences"]]
@@ -81,7 +81,7 @@ def open_ours(folder: str, dtype: str) -> tuple[dict[str, Any], pinned.Do]:
             )
             measured.append(metrics["loss"])
         held["params"], held["state"], held["total"], norm = step.apply_gradient(
-            spec, held["params"], held["state"], held["total"]
+            spec, held["params"], held["state"], held["total"], jax.random.key(0)
         )
         norm.block_until_ready()
         total, weight = (sum(float(one[place]) for one in measured) for place in (0, 1))

@@ -39,7 +39,9 @@ class ModelConfig:
         0, "number of parameters, for the check before any download; 0: unknown", _OURS + "model card"
     )
     param_dtype: str = _f(
-        "float32", "float32 or bfloat16, of parameters while training", _OURS + "bf16 rounds lr 1e-6 away"
+        "float32",
+        "float32 or bfloat16 (rounded by chance), of parameters while training",
+        _OURS + "bf16 for small slices",
     )
     compute_dtype: str = _f(
         "bfloat16", "float32 or bfloat16, of activations and used weights", _OURS + "TPU practice"
@@ -120,6 +122,12 @@ class TrainConfig:
     dropout: float = _f(0.1, "residual dropout", "3.1.3")
     warmup: int = _f(0, "updates of linear warm-up", _OURS + "none is mentioned")
     weight_decay: float = _f(0.0, "AdamW's decay", _OURS + "none is mentioned")
+    optimizer: str = _f(
+        "adamw", "adamw, or adafactor (no first moment, the second in rows and columns)", _OURS + "Llama 2's"
+    )
+    moments: str = _f(
+        "float32", "float32 or bfloat16 (rounded by chance), of the optimizer's moments", _OURS + "memory"
+    )
     b1: float = _f(0.9, "AdamW's first moment", _OURS + "optax's default")
     b2: float = _f(0.95, "AdamW's second moment", _OURS + "Llama 2 (Touvron et al. 2023)")
     eps: float = _f(1e-8, "AdamW's epsilon", _OURS + "optax's default")

@@ -11,17 +11,29 @@ import jax.numpy as jnp
 from etils import epath
 
 from selfreward_jax import stores, workdir
-from selfreward_jax.config import Config, models, of_model
+from selfreward_jax.config import Config, TrainConfig, models, of_model
 from selfreward_jax.data.seeds import measuring_sets
 from selfreward_jax.errors import UserError
 from selfreward_jax.sharding.choose import memory_here
 
-# Bytes a parameter while training: parameter, two moments, the summed and the new gradient, all float32.
-TRAINING_BYTES = 20
+_WIDTH = {"float32": 4, "bfloat16": 2}
 # Share of the matmul rate that decoding and training reach; measured for a 135M model on one CPU core: 37-38 %.
 EFFICIENCY = 0.35
 # Ranked sets that are counted for eft.train_sets=-1, as many as there are: a guess before the data are read.
 SETS_GUESSED = 2000
+
+
+def training_bytes(config: Config) -> int:
+    """Bytes a parameter while training: it, its moments, the summed gradient (float32) and a microbatch's.
+
+    Adafactor's moments, a row and a column of each matrix, are too few to count.
+    """
+    width = _WIDTH[config.model.param_dtype]
+    return max(width + 4 + width + _moments(part) for part in (config.sft, config.dpo))
+
+
+def _moments(part: TrainConfig) -> int:
+    return 2 * _WIDTH[part.moments] if part.optimizer == "adamw" else 0
 
 
 def disk_here(root: epath.Path) -> int | None:
@@ -47,13 +59,13 @@ def disk_used(root: epath.Path) -> int:
 
 def disk_needed(config: Config, parameters: int) -> int:
     """Peak bytes of the workdir: parameters and export of the models so far, and the checkpoints of the one in training."""
-    width = {"float32": 4, "bfloat16": 2}
     kept = peak = 0
     for model in models(config.target):
         part = config.sft if model in ("sft", "m1") or config.aift.method == "positives" else config.dpo
-        writing = (part.keep + 1) * 12 if part.checkpoint_every else 0
-        peak = max(peak, kept + writing + width[config.model.param_dtype])
-        kept += width[config.model.param_dtype] + width[config.model.export_dtype]
+        params = _WIDTH[config.model.param_dtype]
+        writing = (part.keep + 1) * (params + _moments(part)) if part.checkpoint_every else 0
+        peak = max(peak, kept + writing + params)
+        kept += params + _WIDTH[config.model.export_dtype]
     return parameters * max(peak, kept)
 
 
@@ -64,7 +76,7 @@ def check_host(config: Config, root: epath.Path, parameters: int) -> None:
         UserError: bytes needed and bytes here, for memory and disk.
     """
     lines = []
-    need, have = parameters * TRAINING_BYTES, memory_here()
+    need, have = parameters * training_bytes(config), memory_here()
     if have and need > have:
         lines.append(
             f"training {parameters / 1e9:.2f} billion parameters needs {need / 1e9:,.1f} GB of device memory,"
@@ -157,13 +169,13 @@ def table(config: Config, root: epath.Path, stages: list[str], parameters: int) 
         lines.append(
             f"{name:<16} {what:<22} {'done' if done else f'about {flops / rate:,.0f} s' if flops else ''}".rstrip()
         )
-    width = {"float32": 4, "bfloat16": 2}[config.model.param_dtype]
+    width = _WIDTH[config.model.param_dtype]
     if "m1/eft" in counts and config.eft.train_sets == -1:
         lines.append(f"eft.train_sets=-1: counted as {SETS_GUESSED:,} ranked sets, a guess; the data decide")
     lines += [
         f"generations {sum(some for some, _ in counts.values()):,}",
         f"time about {total / 60:,.0f} min at {rate / 1e9:,.0f} GFLOP/s (a matmul timed here x {EFFICIENCY}; a guess, not a measurement)",
-        f"bytes: parameters {parameters * width:,}, training {parameters * TRAINING_BYTES:,} of {memory_here():,} here,"
+        f"bytes: parameters {parameters * width:,}, training {parameters * training_bytes(config):,} of {memory_here():,} here,"
         f" workdir up to {disk_needed(config, parameters):,} of {disk_here(root) or 0:,} free",
     ]
     return lines

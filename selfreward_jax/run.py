@@ -69,8 +69,9 @@ def plan(run: Run, name: str, part: TrainConfig, items: Sequence[Any]) -> Plan:
     """The training plan of a config group for these examples or pairs; a line says how they are packed."""
     steps = batches.updates(len(items), part.epochs, part.batch)
     optimizer = Optimizer(
-        part.lr, part.lr_end, steps, part.warmup, part.b1, part.b2, part.eps, part.weight_decay, part.clip
-    )
+        part.lr, part.lr_end, steps, part.warmup, part.b1, part.b2, part.eps, part.weight_decay, part.clip,
+        part.optimizer, part.moments,
+    )  # fmt: skip
     model, pad = run.source.config, run.config.engine.pad
     shape = packing.Shape(pad, rows_multiple(run.mesh), pad, run.attention not in kernels.SEGMENTS)
     orders = (batches.batch_indices(len(items), part.epochs, run.config.seed, part.batch, i) for i in range(steps))

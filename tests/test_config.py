@@ -83,7 +83,8 @@ def test_a_field_of_the_wrong_type_makes_no_contradiction_of_its_own():
         ("target", "m²", "sft, m1, m2"),
         ("target", "dpo", "sft, m1, m2"),
         ("seed", -1, "from 0 to 2**32 - 1"),
-        ("model.param_dtype", "bfloat16", "at lr 1e-6 plain rounding"),
+        ("dpo.optimizer", "sgd", "dpo.optimizer=sgd: adamw or adafactor"),
+        ("sft.moments", "int8", "sft.moments=int8: float32 or bfloat16"),
         ("model.compute_dtype", "float16", "float32 or bfloat16"),
         ("model.attention", "flash", "auto, plain, mapped, cudnn or splash"),
         ("model.remat", "some", "none, dots or full"),
@@ -704,8 +705,10 @@ def changes_parameters(folder, tmp_path, mesh):
 
 
 def changes_param_dtype(folder, tmp_path, mesh):
-    with pytest.raises(UserError, match=r"--config\.model\.param_dtype=bfloat16"):
-        changed(model={"param_dtype": "bfloat16"})
+    from selfreward_jax.loaded import params_of
+
+    params = params_of(open_with(tmp_path, mesh, param_dtype="bfloat16"), "m0")
+    assert {str(leaf.dtype) for leaf in params["layers"]["mlp"].values()} == {"bfloat16"}
 
 
 def changes_compute_dtype(folder, tmp_path, mesh):

@@ -162,7 +162,8 @@ def check_alike(params: Any, state: Any) -> None:
     """Refuses trees of the parameters' structure, such as both moments, that lie otherwise than the parameters.
 
     Args:
-        state: any tree of arrays; only the subtrees that are shaped as `params` are looked at.
+        state: any tree of arrays; only the subtrees that are built as `params` are looked at, and in them the arrays of
+            a parameter's shape (Adafactor's rows and columns are not).
 
     Raises:
         UserError: a line for each such array.
@@ -175,7 +176,7 @@ def check_alike(params: Any, state: Any) -> None:
     paths = jax.tree_util.tree_leaves_with_path(params)
     for tree in filter(alike, jax.tree.leaves(state, is_leaf=alike)):
         for (path, param), array in zip(paths, jax.tree.leaves(tree), strict=True):
-            if not array.sharding.is_equivalent_to(param.sharding, param.ndim):
+            if array.shape == param.shape and not array.sharding.is_equivalent_to(param.sharding, param.ndim):
                 lines.append(f"{_name(path)}: {array.sharding.spec}, the parameter as {param.sharding.spec}")
     if lines:
         raise UserError("--config.mesh: the optimizer's arrays lie otherwise than their parameters", *lines)

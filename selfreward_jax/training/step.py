@@ -111,19 +111,31 @@ def add_gradient(
 
 @partial(jax.jit, static_argnames=("spec",), donate_argnames=("params", "state", "total"))
 def apply_gradient(
-    spec: optimizers.Optimizer, params: llama.Params, state: optax.OptState, total: tuple[llama.Params, jax.Array]
+    spec: optimizers.Optimizer,
+    params: llama.Params,
+    state: optax.OptState,
+    total: tuple[llama.Params, jax.Array],
+    key: jax.Array,
 ) -> tuple[llama.Params, optax.OptState, tuple[llama.Params, jax.Array], jax.Array]:
     """Divides the summed gradient by the summed weight and updates.
+
+    Args:
+        key: of this update, for what is kept in bfloat16.
 
     Returns:
         parameters, optimizer state, a zeroed `total` for the next update (in the donated buffers), and the global
         norm of the gradient before clipping.
     """
     gradients = jax.tree.map(lambda g: g / total[1], total[0])
-    updates, state = optimizers.make(spec).update(gradients, state, params)
     zero = jax.tree.map(jnp.zeros_like, total)
-    updated: Any = optax.apply_updates(params, updates)
+    updated, state = optimizers.update(spec, params, state, gradients, key)
     return updated, state, zero, optax.tree.norm(gradients)
+
+
+@jax.jit
+def no_gradient(params: llama.Params) -> tuple[llama.Params, jax.Array]:
+    """A sum of gradients, float32 whatever the parameters are, and of weights, to which nothing was added yet."""
+    return jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params), jnp.float32(0)
 
 
 @partial(jax.jit, static_argnames=("config", "compute", "chunk"))

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -25,9 +24,8 @@ from selfreward_jax.observe import metrics as metric_files
 from selfreward_jax.observe.progress import progress, say
 from selfreward_jax.sharding.place import place, replicate
 from selfreward_jax.sharding.rules import check_alike
-from selfreward_jax.training import checkpoint, step
+from selfreward_jax.training import checkpoint, optimizer, step
 from selfreward_jax.training.logprobs import Batch
-from selfreward_jax.training.optimizer import Optimizer, make
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Plan:
         checkpoint_every, keep: updates between checkpoints (0: none), and how many are kept.
     """
 
-    optimizer: Optimizer
+    optimizer: optimizer.Optimizer
     epochs: int
     batch: int
     shape: packing.Shape
@@ -66,6 +64,8 @@ class Plan:
     checkpoint_every: int
     keep: int
 
+
+_ROUNDING = 2**32 - 1  # no microbatch has this number: what is folded into an update's key for `apply_gradient`
 
 Item = Any  # anything with `rows`: batches.Row for SFT, PairRow for DPO
 OnCheckpoint = Callable[[int, llama.Params], bool]
@@ -119,7 +119,7 @@ def train(
         UserError: if the loss or gradient norm is not finite, or the optimizer does not lie as the parameters.
     """
     total_steps = batches.updates(len(items), plan.epochs, plan.batch)
-    state = jax.jit(make(plan.optimizer).init)(params)
+    state = jax.jit(optimizer.init, static_argnums=0)(plan.optimizer, params)
     first = 0
     checkpoints = checkpoint.open_folder(directory / "checkpoints", plan.keep) if plan.checkpoint_every else None
     if checkpoints:
@@ -128,7 +128,7 @@ def train(
             first, tree = found
             params, state = tree["params"], tree["state"]
             say(f"[{name}] continues after update {first} of {total_steps}")
-    total = jax.jit(lambda p: (jax.tree.map(jnp.zeros_like, p), jnp.float32(0)))(params)
+    total = step.no_gradient(params)
     check_alike(params, (state, total))
     write, close = metric_files.writer(directory / "metrics")
     base = jax.random.key(plan.seed)
@@ -172,7 +172,8 @@ def train(
                     jax.random.fold_in(key, place_of),
                 )  # fmt: skip
                 measured.append(metrics)
-            params, state, total, norm = step.apply_gradient(plan.optimizer, params, state, total)
+            rounding = jax.random.fold_in(key, _ROUNDING)
+            params, state, total, norm = step.apply_gradient(plan.optimizer, params, state, total, rounding)
             note = report() or note
             if checkpoints:
                 checkpoint.check(checkpoints)

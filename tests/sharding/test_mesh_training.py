@@ -46,7 +46,7 @@ def updates(mesh_of, even, random_params):
                 even, llama.Compute(), OBJECTIVE, plan.chunk, 0.0, params, total, batch, jax.random.key(0)
             )
             kept = jax.tree.map(lambda a: jax.device_put(np.array(a), a.sharding), total)
-            params, state, zero, norm = step.apply_gradient(SPEC, params, state, total)
+            params, state, zero, norm = step.apply_gradient(SPEC, params, state, total, jax.random.key(1))
             result[shape] = {
                 "gradient": kept, "metrics": metrics, "state": state, "params": params, "zero": zero, "norm": norm,
             }  # fmt: skip

@@ -146,7 +146,7 @@ def test_apply_gradient_is_adamw():
     ):
         total = (single(jax.tree.map(lambda g: g * weight, gradient)), jnp.float32(weight))  # noqa: B023
         before = params
-        params, state, zero, got_norm = step.apply_gradient(SPEC, params, state, total)
+        params, state, zero, got_norm = step.apply_gradient(SPEC, params, state, total, jax.random.key(0))
         jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), params, want)
         assert float(got_norm) == pytest.approx(norm, rel=1e-5)  # of the mean, before clipping
         assert not any(leaf.any() for leaf in jax.tree.leaves(zero))
