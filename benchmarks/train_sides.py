@@ -48,7 +48,7 @@ def open_ours(folder: str, dtype: str) -> tuple[dict[str, Any], pinned.Do]:
     config, compute = source.config, llama.Compute(dtype, remat=REMAT, attention="mapped", products="float32")
     params = load_params(source, mesh, "float32")
     spec = optimizer.Optimizer(LR, LR, 1000)
-    held = {"params": params, "state": jax.jit(optimizer.init, static_argnums=0)(spec, params)}
+    held: dict[str, Any] = {"state": step.State(params, *step.first_state(spec, params))}
     held["total"] = step.no_gradient(params)
 
     def update(order: Order) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def open_ours(folder: str, dtype: str) -> tuple[dict[str, Any], pinned.Do]:
         objective = step.sft_objective if order["task"] == "sft" else partial(step.dpo_objective, beta=BETA)
         collate: Any = trainer.collate_rows if order["task"] == "sft" else trainer.collate_pairs
         if order["task"] == "dpo_live" and "frozen" not in held:
-            held["frozen"] = jax.tree.map(jnp.copy, held["params"])
+            held["frozen"] = jax.tree.map(jnp.copy, held["state"].params)
         measured = []
         for part in parts:
             batch: Any = collate(items, part, plan, mesh)
@@ -77,11 +77,11 @@ def open_ours(folder: str, dtype: str) -> tuple[dict[str, Any], pinned.Do]:
                 live = step.sequence_pass(config, compute, CHUNK, held["frozen"], batch)
                 batch = batch._replace(reference=live)
             held["total"], metrics = step.add_gradient(
-                config, compute, objective, CHUNK, 0.0, held["params"], held["total"], batch, jax.random.key(0)
+                config, compute, objective, CHUNK, 0.0, held["state"].params, held["total"], batch, jax.random.key(0)
             )
             measured.append(metrics["loss"])
-        held["params"], held["state"], held["total"], norm = step.apply_gradient(
-            spec, held["params"], held["state"], held["total"], jax.random.key(0)
+        held["state"], held["total"], norm, _ = step.apply_gradient(
+            spec, held["state"], held["total"], jax.random.key(0)
         )
         norm.block_until_ready()
         total, weight = (sum(float(one[place]) for one in measured) for place in (0, 1))
@@ -92,7 +92,7 @@ def open_ours(folder: str, dtype: str) -> tuple[dict[str, Any], pinned.Do]:
         found = [0.0] * (2 * len(items))
         for part in parts:
             batch = trainer.collate_pairs(items, part, plan, mesh)
-            sums = fetch(step.sequence_pass(config, compute, CHUNK, held["params"], batch), mesh)
+            sums = fetch(step.sequence_pass(config, compute, CHUNK, held["state"].params, batch), mesh)
             for place, index in enumerate(part.members):
                 found[2 * index : 2 * index + 2] = map(float, sums[2 * place : 2 * place + 2])
         return found

@@ -132,6 +132,12 @@ class TrainConfig:
     b2: float = _f(0.95, "AdamW's second moment", _OURS + "Llama 2 (Touvron et al. 2023)")
     eps: float = _f(1e-8, "AdamW's epsilon", _OURS + "optax's default")
     clip: float = _f(1.0, "largest global gradient norm; 0: no clipping", _OURS + "Llama 2 (Touvron et al. 2023)")
+    spike: float = _f(
+        0.0, "updates whose gradient norm is so many times the usual are not done; 0: only those not finite", _OURS + "by choice"
+    )  # fmt: skip
+    on_bad: str = _f(
+        "stop", "after such an update: stop (its examples are saved for a look) or skip", _OURS + "by choice"
+    )
     checkpoint_every: int = _f(200, "updates between checkpoints; 0: none", "3.1.3", free=True)
     keep: int = _f(2, "checkpoints that are kept", _OURS + "disk", free=True)
 

@@ -77,6 +77,8 @@ def find(c: Any) -> list[str]:
         need(part.batch >= 1 and part.row >= 1, f"{name}.batch, {name}.row: at least 1")
         need(part.optimizer in ("adamw", "adafactor"), f"{name}.optimizer={part.optimizer}: adamw or adafactor")
         need(part.moments in ("float32", "bfloat16"), f"{name}.moments={part.moments}: float32 or bfloat16")
+        need(part.on_bad in ("stop", "skip"), f"{name}.on_bad={part.on_bad}: stop or skip")
+        need(part.spike == 0 or part.spike > 1, f"{name}.spike={part.spike}: above 1, or 0")
         need(part.epochs >= 1, f"{name}.epochs={part.epochs}: at least 1")
         need(0 <= part.dropout < 1, f"{name}.dropout={part.dropout}: in [0, 1)")
         need(part.keep >= 1, f"{name}.keep={part.keep}: at least 1")

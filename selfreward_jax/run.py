@@ -70,7 +70,7 @@ def plan(run: Run, name: str, part: TrainConfig, items: Sequence[Any]) -> Plan:
     steps = batches.updates(len(items), part.epochs, part.batch)
     optimizer = Optimizer(
         part.lr, part.lr_end, steps, part.warmup, part.b1, part.b2, part.eps, part.weight_decay, part.clip,
-        part.optimizer, part.moments,
+        part.optimizer, part.moments, part.spike,
     )  # fmt: skip
     model, pad = run.source.config, run.config.engine.pad
     shape = packing.Shape(pad, rows_multiple(run.mesh), pad, run.attention not in kernels.SEGMENTS)
@@ -88,7 +88,7 @@ def plan(run: Run, name: str, part: TrainConfig, items: Sequence[Any]) -> Plan:
     )
     return Plan(
         optimizer, part.epochs, part.batch, shape, run.config.seed, part.dropout, run.config.engine.chunk,
-        part.checkpoint_every, part.keep,
+        part.checkpoint_every, part.keep, part.on_bad,
     )  # fmt: skip
 
 

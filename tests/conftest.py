@@ -121,7 +121,7 @@ def rows_apart():
     from selfreward_jax.training.logprobs import Batch
 
     def make(rows, count, time, mesh):
-        part = packing.Microbatch(time, [[i] for i in range(len(rows))], sum(len(row.tokens) for row in rows))
+        part = packing.Microbatch(time, [[i] for i in range(len(rows))], sum(len(row.tokens) for row in rows), 0)
         laid = packing.lay([[row] for row in rows], part, packing.Shape(time, count, 1, False))
         return Batch(*(place(getattr(laid, field), mesh) for field in Batch._fields))
 

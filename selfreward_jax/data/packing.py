@@ -53,11 +53,13 @@ class Microbatch:
         time: T.
         rows: for each the indices of its groups; at most `Shape.rows`.
         tokens: that they hold, the common ones counted once.
+        seen: keys that these see, summed: what attention has to compute.
     """
 
     time: int
     rows: list[list[int]]
     tokens: int
+    seen: int
 
     @property
     def members(self) -> list[int]:
@@ -188,16 +190,19 @@ def _measure(groups: Sequence[Group], shared: bool) -> _Sizes:
     members = [range(*ends) for ends in itertools.pairwise(starts)]
     common = _all_common(sequences) if shared else np.zeros((len(sequences),) * 2, np.int32)
     sizes = _Sizes(members, [len(ids) for ids in sequences], common, [])
-    return dataclasses.replace(sizes, alone=[_added(sizes, (), i) for i in range(len(groups))])
+    return dataclasses.replace(sizes, alone=[_added(sizes, (), i)[0] for i in range(len(groups))])
 
 
-def _added(sizes: _Sizes, there: Sequence[int], group: int) -> int:
-    """Tokens that a group adds to a row with these sequences."""
-    known, total = list(there), 0
+def _added(sizes: _Sizes, there: Sequence[int], group: int) -> tuple[int, int]:
+    """Tokens that a group adds to a row with these sequences, and the keys that they see."""
+    known, tokens, seen = list(there), 0, 0
     for index in sizes.members[group]:
-        total += sizes.lengths[index] - max((int(sizes.common[index, other]) for other in known), default=0)
+        length = sizes.lengths[index]
+        common = max((int(sizes.common[index, other]) for other in known), default=0)
+        tokens += length - common
+        seen += (length * (length + 1) - common * (common + 1)) // 2
         known.append(index)
-    return total
+    return tokens, seen
 
 
 def _packed(sizes: _Sizes, shape: Shape) -> list[Microbatch] | None:
@@ -211,30 +216,33 @@ def _packed(sizes: _Sizes, shape: Shape) -> list[Microbatch] | None:
         for start in range(0, len(rows), shape.rows):  # longest first
             some = rows[start : start + shape.rows]
             shortest = min(length for length in shape.times if length >= some[0][1])
-            parts.append(Microbatch(shortest, [members for members, _ in some], sum(used for _, used in some)))
+            tokens, seen = (sum(row[place] for row in some) for place in (1, 2))
+            parts.append(Microbatch(shortest, [row[0] for row in some], tokens, seen))
         if best is None or sum(part.time for part in parts) < sum(part.time for part in best):
             best = parts
     return best
 
 
-def _into_rows(sizes: _Sizes, time: int) -> list[tuple[list[int], int]] | None:
-    """Rows of at most `time` tokens as (groups, tokens): each group where most of it is there already, longest first."""
+def _into_rows(sizes: _Sizes, time: int) -> list[tuple[list[int], int, int]] | None:
+    """Rows of at most `time` tokens as (groups, tokens, keys that they see): each group where most of it is there already, longest first."""
     if max(sizes.alone) > time:
         return None
-    rows: list[tuple[list[int], list[int], int]] = []
+    rows: list[tuple[list[int], list[int], int, int]] = []
     for group in sorted(range(len(sizes.alone)), key=lambda i: (-sizes.alone[i], i)):
         options = []
-        for place, (_, sequences, used) in enumerate(rows):
-            more = _added(sizes, sequences, group)
+        for place, (_, sequences, used, _) in enumerate(rows):
+            more, _ = _added(sizes, sequences, group)
             if used + more <= time:
                 options.append((more, time - used - more, place))
         if options:
-            more, _, place = min(options)
-            groups, sequences, used = rows[place]
-            rows[place] = ([*groups, group], [*sequences, *sizes.members[group]], used + more)
+            place = min(options)[2]
+            groups, sequences, used, seen = rows[place]
         else:
-            rows.append(([group], list(sizes.members[group]), sizes.alone[group]))
-    return [(groups, used) for groups, _, used in sorted(rows, key=lambda row: -row[2])]
+            place, (groups, sequences, used, seen) = len(rows), ([], [], 0, 0)
+            rows.append((groups, sequences, used, seen))
+        more, new = _added(sizes, sequences, group)
+        rows[place] = ([*groups, group], [*sequences, *sizes.members[group]], used + more, seen + new)
+    return [(groups, used, seen) for groups, _, used, seen in sorted(rows, key=lambda row: -row[2])]
 
 
 def _all_common(sequences: Sequence[tuple[int, ...]]) -> np.ndarray:

@@ -8,11 +8,15 @@ with the probability that makes it right in the mean.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+# Norms that a spike is measured by: their least number, and the most that their mean goes back.
+_USUAL, _MEMORY = 20, 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Optimizer:
         name: "adamw", or "adafactor": second moments as rows and columns, no first moment (Shazeer and Stern 2018), here
             without its relative step sizes, so that `lr` means what it does for AdamW.
         moments: dtype in which moments are kept, "float32" or "bfloat16".
+        spike: an update whose gradient norm is so many times the usual one is not done; 0: only those that are not finite.
     """
 
     lr: float
@@ -41,6 +46,7 @@ class Optimizer:
     clip: float = 1.0
     name: str = "adamw"
     moments: str = "float32"
+    spike: float = 0.0
 
 
 def schedule(spec: Optimizer) -> optax.Schedule:
@@ -87,6 +93,32 @@ def update(
         for i, (old, new) in enumerate(zip(kept, wide, strict=True))
     ]
     return structure.unflatten(rounded)
+
+
+class Norms(NamedTuple):
+    """What gradient norms were so far: a moving mean of their logarithms, and of how many; scalars float32 and int32."""
+
+    log: jax.Array
+    count: jax.Array
+
+
+def no_norms() -> Norms:
+    """Before the first update."""
+    return Norms(jnp.float32(0), jnp.int32(0))
+
+
+def watch(spec: Optimizer, norms: Norms, norm: jax.Array) -> tuple[Norms, jax.Array]:
+    """Whether an update of this gradient norm must not be done, and the norms with it, if it may.
+
+    A spike is known from the usual norm of the last updates (geometric mean), once there were twenty.
+    """
+    log = jnp.log(jnp.maximum(norm, 1e-30))
+    bad = ~jnp.isfinite(norm)
+    if spec.spike:
+        bad = bad | ((norms.count >= _USUAL) & (log > norms.log + math.log(spec.spike)))
+    share = 1 / jnp.minimum(norms.count + 1, _MEMORY).astype(jnp.float32)
+    after = Norms(norms.log + share * (log - norms.log), norms.count + 1)
+    return jax.tree.map(lambda old, new: jnp.where(bad, old, new), norms, after), bad
 
 
 def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:

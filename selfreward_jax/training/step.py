@@ -65,6 +65,9 @@ def dpo_objective(
         "reward_chosen": mean(chosen),
         "reward_rejected": mean(rejected),
         "margin": mean(chosen - rejected),
+        # KL(reference || policy), nats a response, by its own samples: AIFT's responses are the reference's. That they are
+        # the best and the worst of N biases it.
+        "kl": mean(-(chosen + rejected) / (2 * beta)),
         "accuracy": mean((chosen > rejected).astype(jnp.float32)),
         "logp_chosen": mean(policy[0]),
         "logp_rejected": mean(policy[1]),
@@ -109,27 +112,39 @@ def add_gradient(
     return (jax.tree.map(jnp.add, total[0], gradients), total[1] + weight), metrics
 
 
-@partial(jax.jit, static_argnames=("spec",), donate_argnames=("params", "state", "total"))
+class State(NamedTuple):
+    """What training goes on from, and a checkpoint holds."""
+
+    params: llama.Params
+    moments: optax.OptState
+    norms: optimizers.Norms
+
+
+@partial(jax.jit, static_argnames=("spec",), donate_argnames=("state", "total"))
 def apply_gradient(
-    spec: optimizers.Optimizer,
-    params: llama.Params,
-    state: optax.OptState,
-    total: tuple[llama.Params, jax.Array],
-    key: jax.Array,
-) -> tuple[llama.Params, optax.OptState, tuple[llama.Params, jax.Array], jax.Array]:
-    """Divides the summed gradient by the summed weight and updates.
+    spec: optimizers.Optimizer, state: State, total: tuple[llama.Params, jax.Array], key: jax.Array
+) -> tuple[State, tuple[llama.Params, jax.Array], jax.Array, jax.Array]:
+    """Divides the summed gradient by the summed weight and updates, unless the gradient is not finite or a spike.
 
     Args:
         key: of this update, for what is kept in bfloat16.
 
     Returns:
-        parameters, optimizer state, a zeroed `total` for the next update (in the donated buffers), and the global
-        norm of the gradient before clipping.
+        the state, a zeroed `total` for the next update (in the donated buffers), the global norm of the gradient before
+        clipping, and whether the update was left out: then the state is what it was.
     """
     gradients = jax.tree.map(lambda g: g / total[1], total[0])
-    zero = jax.tree.map(jnp.zeros_like, total)
-    updated, state = optimizers.update(spec, params, state, gradients, key)
-    return updated, state, zero, optax.tree.norm(gradients)
+    norm = optax.tree.norm(gradients)
+    norms, bad = optimizers.watch(spec, state.norms, norm)
+    after = optimizers.update(spec, state.params, state.moments, gradients, key)
+    params, moments = jax.tree.map(lambda old, new: jnp.where(bad, old, new), (state.params, state.moments), after)
+    return State(params, moments, norms), jax.tree.map(jnp.zeros_like, total), norm, bad
+
+
+@partial(jax.jit, static_argnames=("spec",))
+def first_state(spec: optimizers.Optimizer, params: llama.Params) -> tuple[optax.OptState, optimizers.Norms]:
+    """What a `State` has beside the parameters before the first update."""
+    return optimizers.init(spec, params), optimizers.no_norms()
 
 
 @jax.jit

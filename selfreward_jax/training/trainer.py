@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
 
+from selfreward_jax import processes, stores, workdir
 from selfreward_jax.data import batches, packing
 from selfreward_jax.errors import UserError
 from selfreward_jax.model import llama
@@ -24,7 +26,7 @@ from selfreward_jax.observe import metrics as metric_files
 from selfreward_jax.observe.progress import progress, say
 from selfreward_jax.sharding.place import place, replicate
 from selfreward_jax.sharding.rules import check_alike
-from selfreward_jax.training import checkpoint, optimizer, step
+from selfreward_jax.training import checkpoint, flops, optimizer, step
 from selfreward_jax.training.logprobs import Batch
 
 
@@ -52,6 +54,8 @@ class Plan:
         dropout: residual dropout rate.
         chunk: target tokens a row that meet the head at once.
         checkpoint_every, keep: updates between checkpoints (0: none), and how many are kept.
+        on_bad: what follows an update that `optimizer.watch` leaves out: "stop", or "skip": the next one, as long as
+            there are not ten in a row.
     """
 
     optimizer: optimizer.Optimizer
@@ -63,8 +67,10 @@ class Plan:
     chunk: int
     checkpoint_every: int
     keep: int
+    on_bad: str = "stop"
 
 
+_TOO_MANY = 10  # updates in a row that are left out: nothing is learnt any more
 _ROUNDING = 2**32 - 1  # no microbatch has this number: what is folded into an update's key for `apply_gradient`
 
 Item = Any  # anything with `rows`: batches.Row for SFT, PairRow for DPO
@@ -110,56 +116,74 @@ def train(
         collate: an update's items and one of its microbatches -> device batch, `collate_rows` or `collate_pairs`.
         objective: `step.sft_objective` or a partial of `step.dpo_objective`.
         directory: the model's folder; `checkpoints/` and `metrics/` are kept there.
-        on_checkpoint: called with (step, params) after each checkpoint; True ends training there (early stopping).
+        on_checkpoint: called with (step, params) after each checkpoint; True ends training there (early stopping). The
+            verdict is stored, and a resume repeats it.
 
     Returns:
         The trained parameters, and {updates, loss (mean over the last epoch), ...} for the stage's record.
 
     Raises:
-        UserError: if the loss or gradient norm is not finite, or the optimizer does not lie as the parameters.
+        UserError: if the loss or gradient norm is not finite or a spike (see `Plan.on_bad`), with the file that the
+            update's examples were written to; or if the optimizer does not lie as the parameters.
     """
     total_steps = batches.updates(len(items), plan.epochs, plan.batch)
-    state = jax.jit(optimizer.init, static_argnums=0)(plan.optimizer, params)
+    state = step.State(params, *step.first_state(plan.optimizer, params))
+    del params  # donated
     first = 0
     checkpoints = checkpoint.open_folder(directory / "checkpoints", plan.keep) if plan.checkpoint_every else None
     if checkpoints:
-        found = checkpoint.restore(checkpoints, {"params": params, "state": state})
+        found = checkpoint.restore(checkpoints, state)
         if found:
-            first, tree = found
-            params, state = tree["params"], tree["state"]
+            first, state = found
             say(f"[{name}] continues after update {first} of {total_steps}")
-    total = step.no_gradient(params)
-    check_alike(params, (state, total))
+    total = step.no_gradient(state.params)
+    check_alike(state.params, (state.moments, total))
     write, close = metric_files.writer(directory / "metrics")
     base = jax.random.key(plan.seed)
-    pending: tuple[int, dict[str, float], list[step.Metrics], jax.Array] | None = None
-    reported = time.monotonic()
+    pending: _Pending | None = None
+    reported, left_out = time.monotonic(), 0
+    peak = flops.peak(jax.devices()[0].device_kind)
+    best = peak * jax.device_count() if peak else None
 
     def report() -> str:
         """Fetches the update before this one: one late, so that the device never waits for the host."""
-        nonlocal pending, reported
+        nonlocal pending, reported, left_out
         if pending is None:
             return ""
-        at, counts, parts, norm = pending
+        at, counts, parts, norm, bad, chosen = pending
         row = _row(at, parts, float(norm))
         now = time.monotonic()
-        row |= {**counts, "tokens_per_s": counts["tokens"] / max(now - reported, 1e-9)}
+        seconds = max(now - reported, 1e-9)
+        row |= counts | {"tokens_per_s": counts["tokens"] / seconds, "tflops": counts["operations"] / seconds / 1e12}
+        if best:
+            row["mfu"] = counts["operations"] / seconds / best
+        del row["operations"]
         pending, reported = None, now
-        if not (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"])):
-            raise UserError(
-                f"[{name}] update {at}: loss {row['loss']}, gradient norm {row['grad_norm']}; lower the lr"
-            )
-        write(row)
+        if bad or not np.isfinite(row["loss"]):
+            left_out += 1
+            where = _keep(directory / "left_out" / f"{at}.jsonl", chosen)
+            said = f"[{name}] update {at}: loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}"
+            if plan.on_bad == "stop" or left_out == _TOO_MANY:
+                raise UserError(
+                    f"{said}: not done{', as those before' if left_out > 1 else ''}; its examples are in {where}. Lower"
+                    " the lr, or leave such updates out by on_bad=skip"
+                )
+            say(f"{said}: left out; its examples are in {where}")
+        else:
+            left_out = 0
+        write({key: value for key, value in row.items() if np.isfinite(value)} | {"left_out": int(bad)})
         return " ".join(
-            f"{key} {row[key]:.3g}" for key in ("loss", "accuracy", "margin", "tokens_per_s") if key in row
+            f"{key} {row[key]:.3g}" for key in ("loss", "accuracy", "margin", "tokens_per_s", "mfu") if key in row
         )
 
+    verdicts = _Verdicts(directory / "verdicts.json")
+    stopped = bool(first and on_checkpoint and verdicts.of(first, lambda: on_checkpoint(first, state.params)))
     note = ""
     with contextlib.ExitStack() as closing, progress(name, total_steps, "updates", done=first) as advance:
         closing.callback(close)
         if checkpoints:
             closing.callback(checkpoint.close, checkpoints)  # also when an update failed
-        for number in range(first, total_steps):
+        for number in range(first, 0 if stopped else total_steps):
             indices = batches.batch_indices(len(items), plan.epochs, plan.seed, plan.batch, number)
             chosen = [items[i] for i in indices]
             key = jax.random.fold_in(base, number)
@@ -168,35 +192,82 @@ def train(
             for place_of, part in enumerate(parts):
                 batch = collate(chosen, part, plan, mesh)
                 total, metrics = step.add_gradient(
-                    config, compute, objective, plan.chunk, plan.dropout, params, total, batch,
+                    config, compute, objective, plan.chunk, plan.dropout, state.params, total, batch,
                     jax.random.fold_in(key, place_of),
                 )  # fmt: skip
                 measured.append(metrics)
             rounding = jax.random.fold_in(key, _ROUNDING)
-            params, state, total, norm = step.apply_gradient(plan.optimizer, params, state, total, rounding)
+            state, total, norm, bad = step.apply_gradient(plan.optimizer, state, total, rounding)
             note = report() or note
             if checkpoints:
                 checkpoint.check(checkpoints)
             counts = {
                 "tokens": sum(len(row.tokens) for item in chosen for row in item.rows),
                 "wasted": packing.wasted(parts, plan.shape),
+                "operations": flops.step_operations(
+                    config,
+                    sum(part.tokens for part in parts),
+                    sum(part.seen for part in parts),
+                    sum(len(row.tokens) - row.start for item in chosen for row in item.rows),
+                ),
             }
-            pending = (number, counts, measured, norm)
+            pending = _Pending(number, counts, measured, norm, bad, chosen)
             if checkpoints and (number + 1) % plan.checkpoint_every == 0 and number + 1 < total_steps:
-                note = report() or note  # a state is saved only after its loss is known to be finite
-                checkpoint.save(checkpoints, number + 1, {"params": params, "state": state})
-                if on_checkpoint and on_checkpoint(number + 1, params):
-                    advance(1, note)
-                    break
+                note = report() or note  # what is left out by a stop is never saved
+                checkpoint.save(checkpoints, number + 1, state)
+                if on_checkpoint:
+                    params = state.params
+                    if verdicts.of(
+                        number + 1, lambda number=number, params=params: on_checkpoint(number + 1, params)
+                    ):
+                        advance(1, note)
+                        break
             advance(1, note)
         report()
     rows = metric_files.read(directory / "metrics")
     last = rows[-max(1, batches.updates(len(items), 1, plan.batch)) :]
-    summary = {"updates": float(len(rows))}
+    summary = {"updates": float(len(rows)), "left_out": float(sum(row["left_out"] for row in rows))}
     for key in ("loss", "accuracy", "margin", "grad_norm"):
-        if last and key in last[-1]:
-            summary[key] = sum(row[key] for row in last) / len(last)
-    return params, summary
+        if some := [row[key] for row in last if key in row]:
+            summary[key] = sum(some) / len(some)
+    return state.params, summary
+
+
+class _Pending(NamedTuple):
+    """An update that is under way: what is asked of it once the next one is."""
+
+    at: int
+    counts: dict[str, float]
+    parts: list[step.Metrics]
+    norm: jax.Array
+    bad: jax.Array
+    chosen: Sequence[Item]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Verdicts:
+    """Answers of `on_checkpoint` by update in a file, so that a run that goes on repeats them and asks none twice."""
+
+    path: epath.Path
+
+    def of(self, number: int, ask: Callable[[], bool]) -> bool:
+        read = lambda: json.loads(stores.read_whole(self.path)) if stores.exists(self.path) else {}  # noqa: E731
+        known = processes.together(read)  # or one would ask, which all do together, and another find the answer
+        if str(number) not in known:
+            known[str(number)] = bool(ask())
+            workdir.write_text(self.path, json.dumps(known) + "\n")
+        return known[str(number)]
+
+
+def _keep(path: epath.Path, items: Sequence[Item]) -> epath.Path:
+    """Writes the examples of an update for a look: a line a sequence."""
+    lines = [
+        json.dumps({"item": index, "start": row.start, "weight": row.weight, "tokens": row.tokens})
+        for index, item in enumerate(items)
+        for row in item.rows
+    ]
+    workdir.write_text(path, "\n".join(lines) + "\n")
+    return path
 
 
 def _row(at: int, parts: list[step.Metrics], norm: float) -> dict[str, float]:

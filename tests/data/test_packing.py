@@ -53,6 +53,7 @@ def test_a_sequence_sees_itself_and_nothing_else(groups, shape):
             len(row.tokens) - row.start for index in part.members for row in groups[index]
         )
         padding = rows.positions == NOWHERE
+        assert part.seen == seen[~padding].sum()
         assert (seen.sum(axis=2)[padding] == 1).all() and seen[:, places, places].all()
         assert padding[len(part.rows) :].all()
 

@@ -169,7 +169,7 @@ def test_packed_rows_equal_the_reference(shared, window, form, mesh):
     prefix = lambda n: tuple(rng.integers(0, 9, n).tolist())  # noqa: E731
     rubric, prompt = prefix(40), prefix(25)
     groups = [[Row((*rubric, *prompt, *prefix(n)), 60) for n in (20, 35)], [Row((*rubric, *prefix(12)), 50)]]
-    part = packing.Microbatch(280, [[0, 1], [1]], 0)
+    part = packing.Microbatch(280, [[0, 1], [1]], 0, 0)
     rows = packing.lay(groups, part, packing.Shape(280, 2, 1, shared))
     *qkv, _, mix = draw((280, 280), 280, 4, 2, 24)
     mix = mix * (rows.positions < NOWHERE)[..., None, None]

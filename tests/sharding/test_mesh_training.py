@@ -14,7 +14,7 @@ from selfreward_jax.data.batches import Row
 from selfreward_jax.model import llama
 from selfreward_jax.sharding import rules
 from selfreward_jax.training import step, trainer
-from selfreward_jax.training.optimizer import Optimizer, make
+from selfreward_jax.training.optimizer import Optimizer
 
 SPEC = Optimizer(lr=1e-3, lr_end=1e-4, steps=10, weight_decay=0.1, clip=0.5)
 OBJECTIVE = partial(step.dpo_objective, beta=0.1)
@@ -38,17 +38,18 @@ def updates(mesh_of, even, random_params):
             params = random_params(even, mesh)
             packed = packing.Shape(96, shape[0] * shape[1], 8, True)
             plan = trainer.Plan(SPEC, 1, 4, packed, 0, 0.0, 4, 0, 1)  # three pairs and one that only fills
-            part = packing.Microbatch(96, [[0, 1, 2]] if packed.rows == 1 else [[0], [1], [2]], 0)
+            part = packing.Microbatch(96, [[0, 1, 2]] if packed.rows == 1 else [[0], [1], [2]], 0, 0)
             batch = trainer.collate_pairs(pairs, part, plan, mesh)
-            total = jax.jit(lambda p: (jax.tree.map(jnp.zeros_like, p), jnp.float32(0)))(params)
-            state = jax.jit(make(SPEC).init)(params)
+            total = step.no_gradient(params)
+            state = step.State(params, *step.first_state(SPEC, params))
             total, metrics = step.add_gradient(
                 even, llama.Compute(), OBJECTIVE, plan.chunk, 0.0, params, total, batch, jax.random.key(0)
             )
             kept = jax.tree.map(lambda a: jax.device_put(np.array(a), a.sharding), total)
-            params, state, zero, norm = step.apply_gradient(SPEC, params, state, total, jax.random.key(1))
+            state, zero, norm, _ = step.apply_gradient(SPEC, state, total, jax.random.key(1))
             result[shape] = {
-                "gradient": kept, "metrics": metrics, "state": state, "params": params, "zero": zero, "norm": norm,
+                "gradient": kept, "metrics": metrics, "state": state.moments, "params": state.params, "zero": zero,
+                "norm": norm,
             }  # fmt: skip
     return result
 

@@ -15,7 +15,7 @@ from selfreward_jax.model import llama
 from selfreward_jax.sharding.place import replicate
 from selfreward_jax.training import step, trainer
 from selfreward_jax.training.logprobs import Batch
-from selfreward_jax.training.optimizer import Optimizer, make
+from selfreward_jax.training.optimizer import Optimizer
 
 # (length, start) of six rows: the two microbatches of a run have 23 and 3 targets.
 SPANS = [(13, 6), (8, 1), (9, 4), (12, 8), (7, 6), (10, 8)]
@@ -139,15 +139,16 @@ def test_apply_gradient_is_adamw():
     gradients = [draw(scale) for scale in (0.1, 3.0, 0.3, 30.0, 1.0, 0.01)]  # clipped at some updates, not at others
     single = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)  # noqa: E731
     params = single(start)
-    state = make(SPEC).init(params)
+    state = step.State(params, *step.first_state(SPEC, params))
     norms = []
     for weight, gradient, (want, norm) in zip(
         (1, 7, 3, 1, 2, 5), gradients, adamw(SPEC, dict(start), gradients), strict=True
     ):
         total = (single(jax.tree.map(lambda g: g * weight, gradient)), jnp.float32(weight))  # noqa: B023
-        before = params
-        params, state, zero, got_norm = step.apply_gradient(SPEC, params, state, total, jax.random.key(0))
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), params, want)
+        before = state.params
+        state, zero, got_norm, bad = step.apply_gradient(SPEC, state, total, jax.random.key(0))
+        assert not bad
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), state.params, want)
         assert float(got_norm) == pytest.approx(norm, rel=1e-5)  # of the mean, before clipping
         assert not any(leaf.any() for leaf in jax.tree.leaves(zero))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves((before, total[0])))
@@ -182,7 +183,7 @@ def test_dpo_objective_pairs_neighbours_and_skips_filler(mesh):
     assert float(total) == pytest.approx(np.log1p(np.exp(-margins)).sum(), rel=1e-5)
     want = {
         "loss": float(total), "reward_chosen": gain[0:6:2].sum(), "reward_rejected": gain[1:6:2].sum(),
-        "margin": margins.sum(), "accuracy": (margins > 0).sum(), "logp_chosen": logps[0:6:2].sum(),
+        "margin": margins.sum(), "kl": -gain[:6].sum() / 2 / 0.5, "accuracy": (margins > 0).sum(), "logp_chosen": logps[0:6:2].sum(),
         "logp_rejected": logps[1:6:2].sum(), "length_chosen": 9, "length_rejected": 6,
     }  # fmt: skip
     assert set(metrics) == set(want)

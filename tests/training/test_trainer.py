@@ -1,6 +1,7 @@
 """The loop: killed and continued is the same as never stopped."""
 
 import dataclasses
+import itertools
 import json
 from functools import partial
 
@@ -16,9 +17,9 @@ from selfreward_jax.data.batches import Row
 from selfreward_jax.errors import UserError
 from selfreward_jax.model import llama
 from selfreward_jax.observe import metrics
-from selfreward_jax.training import checkpoint, step, trainer
+from selfreward_jax.training import checkpoint, optimizer, step, trainer
 from selfreward_jax.training.logprobs import of_sequences
-from selfreward_jax.training.optimizer import Optimizer, make
+from selfreward_jax.training.optimizer import Optimizer
 from selfreward_jax.training.trainer import Plan, collate_pairs, collate_rows
 
 COMPUTE = llama.Compute()
@@ -48,6 +49,7 @@ def run(small, mesh, items, random_params, tmp_path):
             "test", small, COMPUTE, plan, mesh, params, items, collate, step.sft_objective, where, on_checkpoint
         )
 
+    go.items = items
     return go
 
 
@@ -83,10 +85,10 @@ def test_a_stopped_run_continues_to_the_same_bits(run, tmp_path, small, mesh, ra
 
     # What was saved is what the parameters were then, though the next update wrote into their buffers.
     params = random_params(small, mesh)
-    like = {"params": params, "state": make(PLAN.optimizer).init(params)}
+    like = step.State(params, *step.first_state(PLAN.optimizer, params))
     for number, copy in saved.items():
         stored = checkpoint.load_params(epath.Path(tmp_path) / "whole" / "checkpoints" / str(number), like)
-        jax.tree.map(np.testing.assert_array_equal, stored["params"], copy)
+        jax.tree.map(np.testing.assert_array_equal, stored.params, copy)
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (saved[2], saved[4])), strict=True))
 
     # Stopped after a checkpoint; and killed between two. The parameters that a resumed run is given do not count.
@@ -103,7 +105,8 @@ def test_a_stopped_run_continues_to_the_same_bits(run, tmp_path, small, mesh, ra
         jax.tree.map(np.testing.assert_array_equal, again, whole)
         assert same == summary
         for row, want in zip(rows_of(tmp_path, folder), rows_of(tmp_path, "whole"), strict=True):
-            assert {**row, "tokens_per_s": 0} == {**want, "tokens_per_s": 0}
+            same_speed = {"tokens_per_s": 0, "tflops": 0}
+            assert row | same_speed == want | same_speed
         assert len(list((tmp_path / folder / "metrics").iterdir())) == 2  # a segment a process
 
     # Without the checkpoint the other start would have shown.
@@ -121,7 +124,7 @@ def test_metrics_rows_and_the_short_last_batch(run, tmp_path, items, capsys):
         seen = batches.batch_indices(9, 2, PLAN.seed, 4, number)
         assert len(seen) == (4 if number < 4 else 2)
         assert row["tokens"] == sum(len(items[i].tokens) for i in seen)
-        assert set(row) == {"step", "loss", "grad_norm", "tokens", "wasted", "tokens_per_s"}
+        assert set(row) == {"step", "loss", "grad_norm", "tokens", "wasted", "tokens_per_s", "tflops", "left_out"}
         assert 0 <= row["wasted"] < 0.5
         assert row["grad_norm"] > 0
         assert row["tokens_per_s"] > 0
@@ -132,8 +135,8 @@ def test_metrics_rows_and_the_short_last_batch(run, tmp_path, items, capsys):
 def test_the_loop_is_the_steps_by_hand(run, small, mesh, random_params, items):
     """Order, microbatches, keys and updates as the documentation says: examples by (seed, step), keys folded in."""
     params = random_params(small, mesh)
-    state = make(PLAN.optimizer).init(params)
-    total = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
+    state = step.State(params, *step.first_state(PLAN.optimizer, params))
+    total = step.no_gradient(params)
     for number in range(5):
         batch = [items[i] for i in batches.batch_indices(9, 2, PLAN.seed, 4, number)]
         key = jax.random.fold_in(jax.random.key(PLAN.seed), number)
@@ -142,31 +145,99 @@ def test_the_loop_is_the_steps_by_hand(run, small, mesh, random_params, items):
         for place, part in enumerate(parts):
             placed = collate_rows(batch, part, PLAN, mesh)
             total, _ = step.add_gradient(
-                small, COMPUTE, step.sft_objective, 3, 0.1, params, total, placed, jax.random.fold_in(key, place)
+                small, COMPUTE, step.sft_objective, 3, 0.1, state.params, total, placed, jax.random.fold_in(key, place)
             )
         rounding = jax.random.fold_in(key, 2**32 - 1)
-        params, state, total, _ = step.apply_gradient(PLAN.optimizer, params, state, total, rounding)
-    jax.tree.map(np.testing.assert_array_equal, run("loop")[0], params)
+        state, total, _, _ = step.apply_gradient(PLAN.optimizer, state, total, rounding)
+    jax.tree.map(np.testing.assert_array_equal, run("loop")[0], state.params)
 
 
-def test_a_loss_that_is_not_finite_is_a_users_error(run, tmp_path, small, mesh, random_params):
-    params = random_params(small, mesh)
-    params["head"] = params["head"] * jnp.nan
-    with pytest.raises(UserError, match=r"update 0: loss nan.*lower the lr"):
-        run("nan", params=params)
-    assert rows_of(tmp_path, "nan") == []
+def broken(at):
+    """A collate whose batches of some updates weigh their targets NaN: `at` counts microbatches."""
+    seen = itertools.count()
+
+    def collate(*args):
+        batch = collate_rows(*args)
+        return batch._replace(weights=batch.weights * (jnp.nan if next(seen) in at else 1.0))
+
+    return collate
+
+
+def test_an_update_that_is_not_finite_stops_and_is_saved_for_a_look(run, tmp_path, items):
+    with pytest.raises(UserError, match=r"update 0: loss nan, gradient norm nan: not done; its examples are in .*0\.jsonl"):
+        run("nan", collate=broken({0}))
+    lines = [json.loads(line) for line in (tmp_path / "nan" / "left_out" / "0.jsonl").read_text().splitlines()]
+    chosen = [items[i] for i in batches.batch_indices(9, 2, PLAN.seed, 4, 0)]
+    assert [(tuple(line["tokens"]), line["start"]) for line in lines] == [(row.tokens, row.start) for row in chosen]
     assert not (tmp_path / "nan" / "checkpoints").exists()
     _, summary = run("nan")  # and the folder can be used again
     assert summary["updates"] == 5
     assert np.isfinite(summary["loss"])
 
 
+def test_an_update_that_is_not_finite_is_left_out_and_counted(run, tmp_path, capsys):
+    plan = dataclasses.replace(PLAN, on_bad="skip")
+    parts = [len(packing.microbatches([row.rows for row in chosen], PLAN.shape)) for chosen in updates_of(run)]
+    second = sum(parts[:1])  # the first microbatch of the second update
+    params, summary = run("skip", plan=plan, collate=broken({second}))
+    assert "update 1: loss nan, gradient norm nan: left out; its examples are in" in capsys.readouterr().out
+    rows = rows_of(tmp_path, "skip")
+    assert [row["left_out"] for row in rows] == [0, 1, 0, 0, 0] and summary["left_out"] == 1
+    assert "loss" not in rows[1] and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    assert np.isfinite(summary["loss"])
+    with pytest.raises(UserError, match="not done, as those before"):
+        run("all", plan=dataclasses.replace(plan, epochs=6), collate=broken(range(999)))
+
+
+def updates_of(run):
+    return [[run.items[i] for i in batches.batch_indices(9, 2, PLAN.seed, 4, number)] for number in range(5)]
+
+
+def test_a_spike_is_known_from_the_usual_norm():
+    spec = dataclasses.replace(PLAN.optimizer, spike=5.0)
+    watch = jax.jit(optimizer.watch, static_argnums=0)
+    norms, rng = optimizer.no_norms(), np.random.default_rng(0)
+    for number in range(60):
+        norm = float(np.exp(rng.normal(0, 0.3)))
+        if number < 20:  # the first may be anything: nothing is usual yet
+            norm *= 20 if number == 3 else 1
+        norms, bad = watch(spec, norms, jnp.float32(norm))
+        assert not bad
+    for norm, want in ((4.0, False), (12.0, True), (np.nan, True), (np.inf, True)):
+        after, bad = watch(spec, norms, jnp.float32(norm))
+        assert bool(bad) is want
+        assert (after.count == norms.count) == want  # what was left out is not usual
+    assert not watch(PLAN.optimizer, norms, jnp.float32(1e9))[1]
+
+
+def test_a_verdict_is_stored_and_repeated(run, tmp_path):
+    """Early stopping: whoever goes on after the verdict, or after a kill before it, ends where the first run did."""
+    asked = []
+
+    def third(number, params):
+        asked.append(number)
+        return number == 4
+
+    whole, _ = run("verdict", on_checkpoint=third)
+    assert asked == [2, 4] and json.loads((tmp_path / "verdict" / "verdicts.json").read_text()) == {"2": False, "4": True}
+    again, _ = run("verdict", on_checkpoint=third)
+    assert asked == [2, 4]
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+    (tmp_path / "verdict" / "verdicts.json").unlink()  # killed between the checkpoint and its verdict
+    again, _ = run("verdict", on_checkpoint=third)
+    assert asked == [2, 4, 4]
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+    assert len(rows_of(tmp_path, "verdict")) == 4
+
+
 @pytest.mark.parametrize("mesh", [(1, 2, 2)], indirect=True)
 def test_an_optimizer_that_lost_its_axes_is_refused(mesh, even, items, random_params, tmp_path, monkeypatch):
     """Before the first update: moments that every device holds whole."""
 
-    def init(spec, params):
-        return make(spec).init(jax.tree.map(lambda a: jax.sharding.reshard(a, P()), params))
+    init = optimizer.init
+
+    def lost(spec, params):
+        return init(spec, jax.tree.map(lambda a: jax.sharding.reshard(a, P()), params))
 
     def go():
         params, folder = random_params(even, mesh), epath.Path(tmp_path)
@@ -176,7 +247,8 @@ def test_an_optimizer_that_lost_its_axes_is_refused(mesh, even, items, random_pa
 
     with pytest.raises(InterruptedError):  # as it should be, the first microbatch is reached
         go()
-    monkeypatch.setattr(trainer.optimizer, "init", init)
+    monkeypatch.setattr(optimizer, "init", lost)
+    jax.clear_caches()
     with pytest.raises(UserError, match="the optimizer's arrays lie otherwise than their parameters"):
         go()
 
@@ -216,5 +288,5 @@ def test_dpo_rows_carry_rewards(small, mesh, items, random_params, tmp_path):
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert rows[0]["margin"] == pytest.approx(rows[0]["reward_chosen"] - rows[0]["reward_rejected"], abs=1e-5)
     assert {"accuracy", "logp_chosen", "logp_rejected", "length_chosen", "length_rejected"} <= set(rows[0])
-    assert set(summary) == {"updates", "loss", "accuracy", "margin", "grad_norm"}
+    assert set(summary) == {"updates", "left_out", "loss", "accuracy", "margin", "grad_norm"}
     assert not (folder / "checkpoints").exists()
