@@ -216,8 +216,8 @@ def _packed(sizes: _Sizes, shape: Shape) -> list[Microbatch] | None:
         for start in range(0, len(rows), shape.rows):  # longest first
             some = rows[start : start + shape.rows]
             shortest = min(length for length in shape.times if length >= some[0][1])
-            tokens, seen = (sum(row[place] for row in some) for place in (1, 2))
-            parts.append(Microbatch(shortest, [row[0] for row in some], tokens, seen))
+            tokens, seen = sum(used for _, used, _ in some), sum(seen for _, _, seen in some)
+            parts.append(Microbatch(shortest, [members for members, _, _ in some], tokens, seen))
         if best is None or sum(part.time for part in parts) < sum(part.time for part in best):
             best = parts
     return best
