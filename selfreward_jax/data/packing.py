@@ -27,7 +27,7 @@ class Shape:
     """The rows of a stage.
 
     Attributes:
-        time: tokens of its longest rows. Those of half and of a quarter exist too, for what is left of an update.
+        time: tokens of its longest rows. Those of each quarter of it exist too, for what is left of an update.
         rows: B, rows of a microbatch: those of all devices that compute different ones.
         pad: row lengths are multiples of it.
         shared: whether common prefixes lie in a row once. Without, its sequences follow each other whole, as kernels
@@ -42,7 +42,7 @@ class Shape:
     @property
     def times(self) -> tuple[int, ...]:
         """All row lengths, ascending."""
-        return tuple(sorted({_up(-(-self.time // part), self.pad) for part in (1, 2, 4)}))
+        return tuple(sorted({_up(-(-self.time * part // 4), self.pad) for part in (1, 2, 3, 4)}))
 
 
 @dataclasses.dataclass(frozen=True)

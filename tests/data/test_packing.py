@@ -110,7 +110,7 @@ def test_real_lengths_waste_less_than_five_percent(shared):
     shape = dataclasses.replace(shape, time=packing.choose_time(updates, shape, 4096, 1e-5))
     parts = [part for groups in updates for part in packing.microbatches(groups, shape)]
     assert packing.wasted(parts, shape) < 0.05
-    assert len({part.time for part in parts}) <= 3
+    assert len({part.time for part in parts}) <= 4
     whole = sum(len(row.tokens) for groups in updates for rows in groups for row in rows)
     held = sum(part.tokens for part in parts)
     assert held < 0.88 * whole if shared else held == whole
