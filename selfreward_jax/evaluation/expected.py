@@ -78,7 +78,7 @@ def with_expected(
     count = template.high - template.low + 1
     tokens = np.zeros((rows, -(-longest // model.pad) * model.pad), np.int32)
     positions = np.full(tokens.shape, NOWHERE, np.int32)
-    positions[:, 0] = 0  # a padding row sees its first token, so that its softmax is defined
+    ends = np.broadcast_to(np.arange(1, tokens.shape[1] + 1, dtype=np.int32), tokens.shape).copy()
     at = np.zeros((rows, count), np.int32)
     targets = np.zeros((rows, count), np.int32)
     for index, ((ids, judgment), found) in enumerate(zip(judged, placed, strict=True)):
@@ -86,9 +86,10 @@ def with_expected(
             seen = (*ids, *judgment.token_ids[: found[0]])
             tokens[index, : len(seen)] = seen
             positions[index, : len(seen)] = np.arange(len(seen))
+            ends[index, : len(seen)] = len(seen)
             at[index] = len(seen) - 1
             targets[index] = found[1]
-    arrays = (tokens, positions, at, targets, np.ones(at.shape, np.float32))
+    arrays = (tokens, positions, ends, at, targets, np.ones(at.shape, np.float32), np.zeros_like(at))
     with jax.set_mesh(model.mesh):
         batch = Batch(*(place(array, model.mesh, model.rules) for array in arrays))
         logps = fetch(logprob_pass(model.config, model.compute, count, model.params, batch), model.mesh)

@@ -110,7 +110,7 @@ def test_logps_are_the_models(sampled, small, mesh, params, prompts, rows_apart)
         Row(tuple(map(int, (*prompts[row // 2], *completions(sampled)[row]))), len(prompts[row // 2])) for row in real
     ]
     forced = step.logprob_pass(small, COMPUTE, 8, params, rows_apart(rows, 6, 16, mesh))
-    np.testing.assert_allclose(sampled.logps[real], forced, atol=1e-4)
+    np.testing.assert_allclose(sampled.logps[real], forced[:, : sampled.logps.shape[1]], atol=1e-4)
 
 
 def test_tokens_are_the_requests_draws(sampled, small, mesh, params, prompts):
