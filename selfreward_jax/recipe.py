@@ -114,14 +114,9 @@ _FILES = (
 def _training(model: str, make: Callable, settings: tuple[str, ...], inputs: tuple[str, ...]) -> Stage:
     scratch = (f"{model}/checkpoints",)
     return Stage(
-        f"{model}/train",
-        make,
-        (*_MODEL, *settings),
-        inputs,
-        (f"{model}/params",),
-        (*scratch, f"{model}/metrics"),
-        scratch,
-    )
+        f"{model}/train", make, (*_MODEL, *settings), inputs, (f"{model}/params",),
+        (*scratch, *(f"{model}/{name}" for name in ("metrics", "verdicts.json", "left_out"))), scratch,
+    )  # fmt: skip
 
 
 def _export(model: str) -> Stage:

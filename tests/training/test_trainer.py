@@ -12,6 +12,8 @@ import pytest
 from etils import epath
 from jax.sharding import PartitionSpec as P
 
+from selfreward_jax import presets, recipe
+from selfreward_jax.config import from_config_dict
 from selfreward_jax.data import batches, packing
 from selfreward_jax.data.batches import Row
 from selfreward_jax.errors import UserError
@@ -173,6 +175,15 @@ def test_an_update_that_is_not_finite_stops_and_is_saved_for_a_look(run, tmp_pat
     _, summary = run("nan")  # and the folder can be used again
     assert summary["updates"] == 5
     assert np.isfinite(summary["loss"])
+
+
+def test_a_stage_that_is_done_anew_begins_with_nothing_of_what_training_left(run, tmp_path):
+    plan = dataclasses.replace(PLAN, on_bad="skip")
+    run("m1", plan=plan, collate=broken({0}), on_checkpoint=lambda number, params: False)
+    stages = {stage.name: stage for stage in recipe.stages(from_config_dict(presets.get("m1", "tiny")))}
+    left = {f"m1/{path.name}" for path in (tmp_path / "m1").iterdir()}
+    assert left == {"m1/checkpoints", "m1/metrics", "m1/left_out", "m1/verdicts.json"}
+    assert left <= set(stages["m1/train"].partial)
 
 
 def test_an_update_that_is_not_finite_is_left_out_and_counted(run, tmp_path, capsys):
