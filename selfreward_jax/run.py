@@ -74,15 +74,24 @@ def plan(run: Run, name: str, part: TrainConfig, items: Sequence[Any]) -> Plan:
     )  # fmt: skip
     model, pad = run.source.config, run.config.engine.pad
     shape = packing.Shape(pad, rows_multiple(run.mesh), pad, run.attention not in kernels.SEGMENTS)
-    orders = (batches.batch_indices(len(items), part.epochs, run.config.seed, part.batch, i) for i in range(steps))
-    updates = [[items[i].rows for i in order] for order in orders]
-    time = packing.choose_time(updates, shape, part.row, model.attention_share())
+
+    def groups(epochs: int) -> list[list[Sequence[batches.Row]]]:
+        count, seed = len(items), run.config.seed
+        orders = (
+            batches.batch_indices(count, epochs, seed, part.batch, i)
+            for i in range(batches.updates(count, epochs, part.batch))
+        )
+        return [[items[i].rows for i in order] for order in orders]
+
+    # By the first epoch alone, so that the pass over the reference, which is one, has the rows of training.
+    time = packing.choose_time(groups(1), shape, part.row, model.attention_share())
     shape = dataclasses.replace(shape, time=time)
-    parts = [part for groups in updates for part in packing.microbatches(groups, shape)]
-    whole = sum(len(row.tokens) for groups in updates for rows in groups for row in rows)
+    updates = groups(part.epochs)
+    parts = [part for update in updates for part in packing.microbatches(update, shape)]
+    whole = sum(len(row.tokens) for update in updates for rows in update for row in rows)
     held = sum(part.tokens for part in parts)
     say(
-        f"[{name}] {steps} updates in {len(parts)} microbatches of {shape.rows} rows of"
+        f"[{name}] {steps} batches in {len(parts)} microbatches of {shape.rows} rows of"
         f" {', '.join(map(str, sorted({part.time for part in parts})))} tokens: {packing.wasted(parts, shape):.1%} of"
         f" positions are wasted; common prefixes {f'once, {1 - held / whole:.1%} of the tokens less' if shape.shared else 'repeated'}"
     )

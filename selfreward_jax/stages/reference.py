@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
 from selfreward_jax import workdir
-from selfreward_jax.data import packing
+from selfreward_jax.data import batches, packing
 from selfreward_jax.data.records import Pair, read_records
 from selfreward_jax.loaded import compute, params_of
 from selfreward_jax.observe.progress import progress
@@ -19,19 +20,21 @@ def make(run: Run, model: str, before: str) -> dict[str, Any]:
     """Writes `MODEL/reference.jsonl`: a line a pair, log-probs of each token (nats, float32) under `before`."""
     pairs = read_records(run.root / model / "pairs.jsonl", Pair)
     items = [trainer.PairRow(*pair_rows(run, pair), 0.0, 0.0) for pair in pairs]
-    how = plan(run, f"{model}/reference", run.config.dpo, items)
+    # The first updates of training, packed as they will be there: its margins then are zero, not only nearly.
+    how = plan(run, f"{model}/reference", dataclasses.replace(run.config.dpo, epochs=1), items)
     params = params_of(run, before)
     found: dict[int, tuple[list[float], list[float]]] = {}
     with progress(f"{model}/reference", len(items), "pairs") as advance:
-        for start in range(0, len(items), how.batch):
-            some = items[start : start + how.batch]
+        for number in range(batches.updates(len(items), 1, how.batch)):
+            indices = batches.batch_indices(len(items), 1, how.seed, how.batch, number)
+            some = [items[i] for i in indices]
             for part in packing.microbatches([item.rows for item in some], how.shape):
                 batch = trainer.collate_rows(some, part, how, run.mesh)
                 logps = step.logprob_pass(run.source.config, compute(run), how.chunk, params, batch)
                 values, sequences, weights = fetch((logps, batch.sequences, batch.weights), run.mesh)
-                for place, index in enumerate(part.members):
+                for place, member in enumerate(part.members):
                     of = [values[(sequences == 2 * place + side) & (weights > 0)].tolist() for side in (0, 1)]
-                    found[start + index] = (of[0], of[1])
+                    found[indices[member]] = (of[0], of[1])
                 advance(len(part.members))
     lines = [
         json.dumps({"prompt_id": pair.prompt_id, "chosen": found[i][0], "rejected": found[i][1]})
