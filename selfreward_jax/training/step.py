@@ -166,5 +166,5 @@ def sequence_pass(
     config: LlamaConfig, compute: llama.Compute, chunk: int, params: llama.Params, batch: PairBatch
 ) -> jax.Array:
     """Summed log-probs `[2P]` without dropout: a live reference, and the check before step 0."""
-    logps = target_logprobs(config, compute, params, batch.rows, chunk)
+    logps = logprob_pass(config, compute, chunk, params, batch.rows)
     return of_sequences(logps, batch.rows, batch.reference.shape[0])

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -123,7 +124,7 @@ def train(
         The trained parameters, and {updates, loss (mean over the last epoch), ...} for the stage's record.
 
     Raises:
-        UserError: if the loss or gradient norm is not finite or a spike (see `Plan.on_bad`), with the file that the
+        UserError: if the gradient norm is not finite or a spike (see `Plan.on_bad`), with the file that the
             update's examples were written to; or if the optimizer does not lie as the parameters.
     """
     total_steps = batches.updates(len(items), plan.epochs, plan.batch)
@@ -143,7 +144,7 @@ def train(
     pending: _Pending | None = None
     reported, left_out = time.monotonic(), 0
     peak = flops.peak(jax.devices()[0].device_kind)
-    best = peak * jax.device_count() if peak else None
+    roof = peak * jax.device_count() if peak else None
 
     def report() -> str:
         """Fetches the update before this one: one late, so that the device never waits for the host."""
@@ -155,11 +156,11 @@ def train(
         now = time.monotonic()
         seconds = max(now - reported, 1e-9)
         row |= counts | {"tokens_per_s": counts["tokens"] / seconds, "tflops": counts["operations"] / seconds / 1e12}
-        if best:
-            row["mfu"] = counts["operations"] / seconds / best
+        if roof:
+            row["mfu"] = counts["operations"] / seconds / roof
         del row["operations"]
         pending, reported = None, now
-        if bad or not np.isfinite(row["loss"]):
+        if bad:
             left_out += 1
             where = _keep(directory / "left_out" / f"{at}.jsonl", chosen)
             said = f"[{name}] update {at}: loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}"
@@ -177,7 +178,7 @@ def train(
         )
 
     verdicts = _Verdicts(directory / "verdicts.json")
-    stopped = bool(first and on_checkpoint and verdicts.of(first, lambda: on_checkpoint(first, state.params)))
+    stopped = bool(first and on_checkpoint and verdicts.of(first, partial(on_checkpoint, first, state.params)))
     note = ""
     with contextlib.ExitStack() as closing, progress(name, total_steps, "updates", done=first) as advance:
         closing.callback(close)
@@ -189,11 +190,11 @@ def train(
             key = jax.random.fold_in(base, number)
             measured = []
             parts = packing.microbatches([item.rows for item in chosen], plan.shape)
-            for place_of, part in enumerate(parts):
+            for index, part in enumerate(parts):
                 batch = collate(chosen, part, plan, mesh)
                 total, metrics = step.add_gradient(
                     config, compute, objective, plan.chunk, plan.dropout, state.params, total, batch,
-                    jax.random.fold_in(key, place_of),
+                    jax.random.fold_in(key, index),
                 )  # fmt: skip
                 measured.append(metrics)
             rounding = jax.random.fold_in(key, _ROUNDING)
@@ -215,13 +216,9 @@ def train(
             if checkpoints and (number + 1) % plan.checkpoint_every == 0 and number + 1 < total_steps:
                 note = report() or note  # what is left out by a stop is never saved
                 checkpoint.save(checkpoints, number + 1, state)
-                if on_checkpoint:
-                    params = state.params
-                    if verdicts.of(
-                        number + 1, lambda number=number, params=params: on_checkpoint(number + 1, params)
-                    ):
-                        advance(1, note)
-                        break
+                if on_checkpoint and verdicts.of(number + 1, partial(on_checkpoint, number + 1, state.params)):
+                    advance(1, note)
+                    break
             advance(1, note)
         report()
     rows = metric_files.read(directory / "metrics")
