@@ -24,7 +24,6 @@ Rivals that are not installed are left out. Needs 2 GB of disk, and 16 GB of mem
 """
 
 import argparse
-import importlib.util
 import json
 import platform
 import sys
@@ -37,7 +36,7 @@ from etils import epath
 
 from benchmarks import generate_measures as measures
 from benchmarks import generate_work, gguf_file, pinned, rounds
-from benchmarks.figures import hand_over
+from benchmarks.figures import hand_over, problems
 from benchmarks.generate_measures import OF_RIVAL, OURS, SIDES, WORKLOADS, Bench
 from selfreward_jax.cli import exit_code
 from selfreward_jax.convert import convert
@@ -47,7 +46,6 @@ from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.observe.progress import say
 from selfreward_jax.weights.source import open_source
 
-SHARED_CORE = 0.97  # a side that got less of the core than this is named
 COUNTS = ("rounds", "prompts", "tokens", "judged", "judgment_tokens", "c_prompts", "c_tokens", "rows")
 
 
@@ -57,21 +55,17 @@ def check(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: for each option that makes no sense.
     """
-    problems = [f"--{name}={getattr(arguments, name)}: at least 1" for name in COUNTS if getattr(arguments, name) < 1]
-    for name, known in (("only", tuple(WORKLOADS)), ("rivals", tuple(OF_RIVAL))):
-        asked = [word for word in getattr(arguments, name).split(",") if word]
-        problems += [f"--{name}: {word!r} is none of {', '.join(known)}" for word in asked if word not in known]
-        setattr(arguments, name, [word for word in known if word in asked])
+    wrong = problems(arguments, COUNTS, {"only": tuple(WORKLOADS), "rivals": tuple(OF_RIVAL)})
     sizes = arguments.hf_batches.split(",")
     if not all(size.isdecimal() and int(size) for size in sizes):
-        problems.append(f"--hf_batches={arguments.hf_batches}: whole numbers above 0 with commas between them")
+        wrong.append(f"--hf_batches={arguments.hf_batches}: whole numbers above 0 with commas between them")
     if "sampling_half" in arguments.only and not arguments.oasst:
         say("sampling_half is left out: it needs --oasst=FILE")
         arguments.only.remove("sampling_half")
     if not arguments.only:
-        problems.append("--only: nothing is left to measure")
-    if problems:
-        raise UserError(*problems)
+        wrong.append("--only: nothing is left to measure")
+    if wrong:
+        raise UserError(*wrong)
     arguments.hf_batches = [int(size) for size in sizes]
 
 
@@ -85,9 +79,9 @@ def there(arguments: argparse.Namespace, config: LlamaConfig) -> list[str]:
     found = []
     for name in (*(name for name in OURS if name in compared & asked), *rivals):
         kind, dtype, needed = SIDES[name]
-        if importlib.util.find_spec(needed) is None:
-            say(f"{name} is left out: {needed} is not installed (the extra 'bench' has it)")
-        elif kind == "llamacpp" and (why := gguf_file.refusal(config, dtype)):
+        if not pinned.installed(name, needed):
+            continue
+        if kind == "llamacpp" and (why := gguf_file.refusal(config, dtype)):
             say(f"{name} is left out: {why}")
         else:
             found.append(name)
@@ -156,8 +150,7 @@ def show(workload: str, figures: dict[str, Any]) -> None:
         for stage, part in one.get("stages", {}).items():
             mean = sum(part["tokens"]) / len(part["tokens"]) / part["completions"]
             say(f"{stage:>29}: {part['ended_share']:.1%} ended by end of turn, {mean:.1f} tokens each")
-        if one["core_share"] < SHARED_CORE:
-            say(f"warning: {name} got {one['core_share']:.0%} of its core in a {workload} run: other work ran there")
+        pinned.warn_if_shared(name, workload, one["core_share"])
 
 
 def main() -> int:

@@ -33,6 +33,9 @@ from ml_dtypes import bfloat16
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from benchmarks import pinned
+from benchmarks.figures import hand_over
+
 MESH = (1, 4, 2)
 FILE_BYTES = 400e6  # of the made-up checkpoint: the maker holds one file's tensors
 SAVED_BYTES = 1.5e9  # of a saved file at most, so that there are several and an index
@@ -155,19 +158,6 @@ class Store(AbstractFileSystem):
         self.local(path).unlink()
 
 
-def _memory(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return 1024 * int(line.split()[1])
-    raise KeyError(field)
-
-
-def _forget_peak() -> int:
-    """The peak is what is resident from here on; returns that."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _memory("VmRSS")
-
-
 def measure(source: str, target: str, dtype: str) -> dict[str, Any]:
     """Loads and saves in this process, which has done nothing else."""
     import jax
@@ -181,14 +171,16 @@ def measure(source: str, target: str, dtype: str) -> dict[str, Any]:
     mesh = make_mesh(*MESH)
     with jax.set_mesh(mesh):
         jax.numpy.ones(8).block_until_ready()  # the backend's own memory is not the load's
-        before, start, cpu = _forget_peak(), time.monotonic(), time.process_time()
+        pinned.forget_peak()
+        before, start, cpu = pinned.memory("VmRSS"), time.monotonic(), time.process_time()
         params = safetensors_io.load(source, config, mesh, dtype)
-        seconds, cpu, peak = time.monotonic() - start, time.process_time() - cpu, _memory("VmHWM")
+        seconds, cpu, peak = time.monotonic() - start, time.process_time() - cpu, pinned.memory("VmHWM")
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-        before_save, start, save_cpu = _forget_peak(), time.monotonic(), time.process_time()
+        pinned.forget_peak()
+        before_save, start, save_cpu = pinned.memory("VmRSS"), time.monotonic(), time.process_time()
         safetensors_io.save(params, config, target, "bfloat16", SAVED_BYTES)
         save_seconds, save_cpu = time.monotonic() - start, time.process_time() - save_cpu
-        save_peak = _memory("VmHWM")
+        save_peak = pinned.memory("VmHWM")
     return {
         "bytes": size,
         "peak_over_bytes": round((peak - before - size) / size, 4),
@@ -269,11 +261,7 @@ def main() -> int:
         }
     finally:
         shutil.rmtree(root)
-    if arguments.out:
-        out = Path(arguments.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(figures, indent=2) + "\n")
-    print(json.dumps(figures), flush=True)
+    hand_over(figures, arguments.out)
     return 0 if figures["saved_equal"] else 1
 
 

@@ -8,6 +8,7 @@ meanwhile (`peak_mb`).
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -19,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from selfreward_jax.errors import UserError
+from selfreward_jax.observe.progress import say
 
 # Libraries that make a thread a core make one; nothing is fetched; no graphics card takes part.
 ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1") | {
     "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "",
 }  # fmt: skip
 BUSY = 0.01  # a thread counts when it did this share of the work
+SHARED_CORE = 0.97  # a side that got less of the core than this is named
 
 Do = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -73,6 +76,20 @@ def start(name: str, module: str, arguments: Sequence[str], core: int, folder: P
         )  # fmt: skip
     side = Side(name, process, log, {})
     return dataclasses.replace(side, about=_read(side))
+
+
+def installed(name: str, needed: str) -> bool:
+    """Whether what a side needs is there; a line if not."""
+    if importlib.util.find_spec(needed) is not None:
+        return True
+    say(f"{name} is left out: {needed} is not installed (the extra 'bench' has it)")
+    return False
+
+
+def warn_if_shared(name: str, workload: str, core_share: float) -> None:
+    """A line if a side did not have its core for itself."""
+    if core_share < SHARED_CORE:
+        say(f"warning: {name} got {core_share:.0%} of its core in a {workload} run: other work ran there")
 
 
 def ask(side: Side, **order: Any) -> dict[str, Any]:
@@ -128,29 +145,29 @@ def serve(make: Callable[[], tuple[dict[str, Any], Do]], core: int) -> None:
     replies.write(json.dumps(about | {"load_seconds": round(time.perf_counter() - begin, 2)}) + "\n")
     for line in sys.stdin:
         order = json.loads(line)
-        _forget_peak()
+        forget_peak()
         before, cpu, begin = _thread_times(), time.process_time(), time.perf_counter()
         reply = do(order)
         seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
         spent = [ticks - before.get(thread, 0) for thread, ticks in _thread_times().items()]
         busy = sum(ticks > BUSY * sum(spent) for ticks in spent)
-        reply |= {"seconds": seconds, "core_share": cpu / seconds, "threads": busy, "peak_mb": _peak_mb()}
+        reply |= {"seconds": seconds, "core_share": cpu / seconds, "threads": busy, "peak_mb": memory("VmHWM") / 1e6}
         replies.write(json.dumps(reply) + "\n")
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Has the system count this process's peak memory anew; where it cannot, the peak since the start counts."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_mb() -> float:
-    """The most memory that this process held, MB; 0 where the system does not say."""
+def memory(field: str) -> int:
+    """Bytes of this process in main memory: "VmRSS" now, "VmHWM" at most; 0 where the system does not say."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e6
-    return 0.0
+            if line.startswith(f"{field}:"):
+                return 1024 * int(line.split()[1])
+    return 0
 
 
 def threads_named(name: str) -> int:

@@ -33,7 +33,7 @@ from etils import epath
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 
-from selfreward_jax import workdir
+from benchmarks.figures import hand_over
 from selfreward_jax.data.seeds import packaged, prompt_texts
 from selfreward_jax.errors import UserError
 from selfreward_jax.observe.progress import progress, say
@@ -223,12 +223,10 @@ def main() -> int:
             "prompts": epath.Path(arguments.prompts).name if arguments.prompts else "made up from the packaged seeds",
             "python": platform.python_version(),
         }
-        if arguments.out:
-            workdir.write_text(epath.Path(arguments.out), json.dumps(figures, indent=2) + "\n")
+        hand_over(figures, arguments.out)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    say(json.dumps(figures))
     return 0 if figures["decisions_equal"] else 1
 
 

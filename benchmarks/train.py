@@ -19,7 +19,6 @@ The first four are the rival's seconds over ours of the same precision. Rivals t
 
 import argparse
 import dataclasses
-import importlib.util
 import platform
 import statistics
 import sys
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import generate_work, pinned, rounds
-from benchmarks.figures import hand_over
+from benchmarks.figures import hand_over, problems
 from selfreward_jax.cli import exit_code
 from selfreward_jax.convert import convert
 from selfreward_jax.data import oasst
@@ -48,7 +47,6 @@ RIVALS = {"dpo": "trl", "dpo_live": "trl", "dpo_real": "trl", "sft_judge": "torc
 PROMPT, RESPONSE, PAIRS = 64, 192, 4
 JUDGED, TARGETS = 8, 60
 LOSS = {"fp32": 2e-3, "bf16": 5e-2}  # that the sides' first losses may be apart, relative
-SHARED_CORE = 0.97
 
 Sequences = list[tuple[list[int], int]]
 
@@ -160,22 +158,17 @@ def workload(name: str, sides: list[pinned.Side], work: Work, count: int) -> dic
             f"{name:>10} {side.name:>10} {one['seconds']:>8.2f} s {one['spread']} {one['tokens_per_second']:>7.1f} tokens/s,"
             f" {one['positions']} positions, loss {one['loss']:.4f}, peak {one['peak_mb']:.0f} MB"
         )
-        if one["core_share"] < SHARED_CORE:
-            say(f"warning: {side.name} got {one['core_share']:.0%} of its core in a {name} run: other work ran there")
+        pinned.warn_if_shared(side.name, name, one["core_share"])
     return out
 
 
 def run(arguments: argparse.Namespace) -> None:
     """The whole benchmark."""
-    problems = [f"--{name}={getattr(arguments, name)}: at least 1" for name in ("rounds", "real") if getattr(arguments, name) < 1]
-    for name, known in (("only", tuple(RIVALS)), ("sides", tuple(SIDES))):
-        asked = [word for word in getattr(arguments, name).split(",") if word]
-        problems += [f"--{name}: {word!r} is none of {', '.join(known)}" for word in asked if word not in known]
-        setattr(arguments, name, [word for word in known if word in asked])
+    wrong = problems(arguments, ("rounds", "real"), {"only": tuple(RIVALS), "sides": tuple(SIDES)})
     if not any(name.startswith("ours") for name in arguments.sides) or not arguments.only:
-        problems.append("--sides, --only: nothing of ours is left to measure")
-    if problems:
-        raise UserError(*problems)
+        wrong.append("--sides, --only: nothing of ours is left to measure")
+    if wrong:
+        raise UserError(*wrong)
     sides: dict[str, pinned.Side] = {}
     with tempfile.TemporaryDirectory(prefix="train_", dir=arguments.dir) as scratch:
         folder = Path(scratch)
@@ -185,12 +178,10 @@ def run(arguments: argparse.Namespace) -> None:
         try:
             for name in arguments.sides:
                 kind, dtype, needed = SIDES[name]
-                if importlib.util.find_spec(needed) is None:
-                    say(f"{name} is left out: {needed} is not installed (the extra 'bench' has it)")
-                    continue
-                order = [kind, str(folder / "model"), dtype]
-                sides[name] = pinned.start(name, "benchmarks.train_sides", order, arguments.core, folder)
-                say(f"{name}: ready after {sides[name].about['load_seconds']} s")
+                if pinned.installed(name, needed):
+                    order = [kind, str(folder / "model"), dtype]
+                    sides[name] = pinned.start(name, "benchmarks.train_sides", order, arguments.core, folder)
+                    say(f"{name}: ready after {sides[name].about['load_seconds']} s")
             figures = measure(arguments, chat, sides)
         finally:
             for side in sides.values():
