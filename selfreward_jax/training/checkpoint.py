@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import re
+import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from selfreward_jax import processes, stores, workdir
 from selfreward_jax.errors import UserError
+from selfreward_jax.observe.progress import say
+from selfreward_jax.training import checksum
 
 # Orbax logs tens of lines a save at INFO through absl, and at ERROR the traceback of what it also raises.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+# Of several arrays that cannot be read it raises the first's error; asyncio logs a traceback for each other.
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +54,8 @@ def save(checkpoints: Checkpoints, step: int, state: Any) -> None:
     """
     with _writing(checkpoints.directory):
         checkpoints.writer.wait_until_finished()
-        _tidied(checkpoints.directory, checkpoints.keep)
-        checkpoints.writer.save(checkpoints.directory / str(step), state, force=True)
+        _drop(checkpoints.directory, _whole(checkpoints.directory)[: -checkpoints.keep])
+        checkpoints.writer.save(checkpoints.directory / str(step), _sealed(state), force=True)
 
 
 def check(checkpoints: Checkpoints) -> None:
@@ -67,22 +75,41 @@ def close(checkpoints: Checkpoints) -> None:
 
 
 def restore(checkpoints: Checkpoints, like: Any) -> tuple[int, Any] | None:
-    """The newest checkpoint as (step, tree), in the shapes, dtypes and shardings of `like`; None if there is none."""
-    steps = _tidied(checkpoints.directory, checkpoints.keep)
-    if not steps:
-        return None
-    return steps[-1], checkpoints.writer.restore(checkpoints.directory / str(steps[-1]), _abstract(like))
+    """The newest checkpoint that is whole as (step, tree), in the shapes, dtypes and shardings of `like`; None without one.
+
+    One that is damaged, cut short or with a bit that changed, is passed over with a line that says so.
+
+    Raises:
+        UserError: if there are some and all are of another tree: they are not deleted for that.
+    """
+    others = []
+    for step in reversed(_whole(checkpoints.directory)):
+        found, problem = _read(checkpoints.directory / str(step), like)
+        if not problem:
+            return step, found
+        say(f"{checkpoints.directory / str(step)}: {problem}; what is before it is used")
+        if problem.startswith(_OTHER):
+            others.append(problem)
+    if others:
+        raise UserError(f"{checkpoints.directory}: {others[0]}; move the folder away to begin again without it")
+    return None
 
 
 @processes.for_all
-def _tidied(directory: epath.Path, keep: int) -> list[int]:
-    """The newest `keep` steps that are whole; all else is removed, so that no save may be going on."""
+def _whole(directory: epath.Path) -> list[int]:
+    """The steps that were saved to their end; all else is removed, so that no save may be going on."""
     there = stores.listing(directory) or {}
     whole = {path.name for path in ocp.utils.checkpoint_steps_paths(directory)} if there else set()
-    steps = sorted(int(name) for name in whole if name.isdigit())[-keep:]
+    steps = sorted(int(name) for name in whole if name.isdigit())
     for name in there.keys() - {str(step) for step in steps}:
         workdir.remove(directory / name)
     return steps
+
+
+@processes.for_all
+def _drop(directory: epath.Path, steps: list[int]) -> None:
+    for step in steps:
+        workdir.remove(directory / str(step))
 
 
 def save_params(directory: epath.Path, params: Any) -> None:
@@ -92,24 +119,112 @@ def save_params(directory: epath.Path, params: Any) -> None:
         UserError: if it cannot be written (a full disk).
     """
     with _writing(directory), ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory, params, force=True)
+        checkpointer.save(directory, _sealed(params), force=True)
 
 
 def load_params(directory: epath.Path, like: Any) -> Any:
     """Reads a tree of arrays in the shapes, dtypes and shardings of `like` (arrays or `ShapeDtypeStruct`).
 
     Raises:
-        UserError: if the folder is missing or does not hold that tree.
+        UserError: if the folder is missing, damaged or does not hold that tree.
     """
     if not stores.exists(directory):
         raise UserError(f"{directory}: no parameters here; the stage that makes them has not finished")
+    found, problem = _read(directory, like)
+    if problem:
+        raise UserError(f"{directory}: {problem}; delete the folder to have its stage done again")
+    return found
+
+
+_OTHER, _DAMAGED = "holds another model's arrays", "damaged"
+# Of tensorstore: the disk or the store failed, which says nothing of what is stored there.
+_UNREACHABLE = re.compile("UNAVAILABLE|PERMISSION_DENIED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|UNAUTHENTICATED")
+
+
+def _sealed(tree: Any) -> dict[str, Any]:
+    """What is written: the arrays and their sums."""
+    mesh = jax.tree.leaves(tree)[0].sharding.mesh
+    return {"arrays": tree, "sums": checksum.sums(tree, mesh)}
+
+
+def _read(directory: epath.Path, like: Any) -> tuple[Any, str]:
+    """The arrays of a checkpoint, or what is wrong with it, on all processes alike.
+
+    Raises:
+        UserError: if the disk or the store does not let it be read.
+    """
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
+    leaves = jax.tree.leaves(shapes)
+    wanted = {"arrays": shapes, "sums": np.zeros((len(leaves),), np.uint32)}
+    problem, found = "", None
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(directory, _abstract(like))
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        raise UserError(
-            f"{directory}: cannot be read as this model's parameters: {str(error).splitlines()[0]}"
-        ) from error
+        found = processes.each(lambda: _read_here(directory, wanted))
+    except UserError as error:
+        if not all(str(line).startswith((_OTHER, _DAMAGED)) for line in error.args):
+            raise
+        problem = "; ".join(error.args)
+    if problem:
+        _forget()
+        return None, problem
+    now = checksum.sums(found["arrays"], leaves[0].sharding.mesh)
+    paths = [path for path, _ in jax.tree.leaves_with_path(shapes)]
+    wrong = [_name(path) for path, same in zip(paths, now == found["sums"], strict=True) if not same]
+    if wrong:
+        return None, f"{_DAMAGED}: {', '.join(wrong[:3])}{' …' * (len(wrong) > 3)} not as saved"
+    return found["arrays"], ""
+
+
+def _forget() -> None:
+    """Frees what orbax left of a read that failed: coroutines of other arrays, which complain when they are collected."""
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            gc.collect()
+    finally:
+        sys.unraisablehook = before
+
+
+def _read_here(directory: epath.Path, wanted: Any) -> Any:
+    """This process' part, by orbax's handler: its checkpointers wait at the end for processes that may have failed."""
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        if different := _differences(handler.metadata(directory).tree, wanted):
+            raise UserError(f"{_OTHER}: {', '.join(different)}")
+        return handler.restore(directory, args=ocp.args.StandardRestore(wanted))
+    except (UserError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except (
+        Exception
+    ) as error:  # orbax raises bare ones; damaged bytes fail in JSON, zstd, tensorstore and its own code
+        cause = error.__cause__ or error
+        said = str(cause).strip().split(" [tensorstore_spec")[0].split("\n")[0]
+        _, _, said = said.rpartition('": ')  # tensorstore names paths before it
+        reason = f"{type(cause).__name__}: {said[:200]}"
+        if isinstance(error, PermissionError) or _UNREACHABLE.search(str(cause)):
+            raise UserError(f"{directory}: cannot be read ({reason})") from error
+        raise UserError(f"{_DAMAGED}, it cannot be read ({reason})") from error
+    finally:
+        handler.close()
+
+
+def _differences(there: Any, wanted: Any) -> list[str]:
+    """The first three arrays that are not as wanted, by name."""
+
+    def described(tree: Any) -> dict[str, str]:
+        found = {}
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            found[_name(path)] = f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+        return found
+
+    have, need = described(there), described(wanted)
+    names = sorted(name for name in have.keys() | need.keys() if have.get(name) != need.get(name))
+    return [f"{name} is {have.get(name, 'missing')}, not {need.get(name, 'wanted')}" for name in names[:3]]
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 @contextlib.contextmanager
@@ -127,7 +242,3 @@ def _writing(directory: epath.Path) -> Iterator[None]:
         raise UserError(
             f"{directory}: cannot be written ({reason[:200]}); make room or mend it, then start again to go on from here"
         ) from error
-
-
-def _abstract(tree: Any) -> Any:
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)
