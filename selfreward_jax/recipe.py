@@ -14,6 +14,7 @@ from etils import epath
 from selfreward_jax import processes, stores, workdir
 from selfreward_jax.config import Config, flat, free_fields, models
 from selfreward_jax.errors import UserError
+from selfreward_jax.made_by import made_by
 from selfreward_jax.observe import report
 from selfreward_jax.observe.progress import say
 from selfreward_jax.run import Run
@@ -283,6 +284,6 @@ def _do(run: Run, config: Config, root: epath.Path, stage: Stage) -> None:
         raise workdir.disk_error(error.filename or root, error) from error
     seconds = time.monotonic() - began
     facts |= {"files": files}
-    workdir.finish(root, stage.name, at(stage.inputs), at(stage.outputs), seconds, facts)
+    workdir.finish(root, stage.name, at(stage.inputs), at(stage.outputs), seconds, facts, made_by(flat(config)))
     _clear(root, stage)
     say(f"[{stage.name}] done in {seconds:.1f} s")

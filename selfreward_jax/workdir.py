@@ -162,16 +162,19 @@ def finish(
     outputs: Iterable[epath.Path],
     seconds: float,
     facts: Mapping[str, Any],
+    made_by: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the stage's record, last of all.
 
     Args:
         facts: counts, drops by reason and figures, for the closing line and the report.
+        made_by: versions, devices and flags (`made_by.made_by`), for whoever wants the same bytes again.
     """
     path = record_path(root, stage)
     record = {
         "stage": stage, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": round(seconds, 3),
         "facts": dict(facts), "inputs": _entry(root, inputs), "outputs": _entry(root, outputs),
+        "made_by": dict(made_by or {}),
     }  # fmt: skip
     write_json(path, record)
     stores.remove(path.with_suffix(".begun.json"))
