@@ -34,7 +34,7 @@ pids=()
 stop() {
   ((${#pids[@]})) || return
   kill -TERM "${pids[@]}" 2>/dev/null
-  for ((tenth = 0; tenth < 200; tenth++)); do
+  for ((tenth = 0; tenth < 600; tenth++)); do
     kill -0 "${pids[@]}" 2>/dev/null || return
     sleep 0.1
   done

@@ -59,6 +59,36 @@ def test_a_signal_ends_the_program(number, statement, code, unwound):
     assert said == "\nstopped; start again to go on from here\n"
 
 
+LOOP = """
+        with signals.deferred() as asked:
+            while not asked.number: time.sleep(0.01)
+            print("noticed", flush=True)
+            {then}
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "again", "code"),
+    [("raise KeyboardInterrupt", False, 143), ("time.sleep(60)", True, 143), (HANGS, True, 143)],
+)
+def test_work_that_asks_for_it_ends_by_itself_at_the_first_signal(then, again, code):
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD.format(statement=LOOP.format(then=then).strip())], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    ) as child:  # fmt: skip
+        assert child.stdout and child.stderr and child.stdout.readline() == "begun\n"
+        time.sleep(0.2)
+        child.send_signal(signal.SIGTERM)
+        assert child.stdout.readline() == "noticed\n"
+        if again:
+            time.sleep(0.2)
+            child.send_signal(signal.SIGTERM)
+        out, said = child.stdout.read(), child.stderr.read()  # after `readline` communicate would lose what is buffered
+    assert child.returncode == code
+    assert ("unwound" in out) is (then != HANGS)
+    assert said == f"\n{signals.SAVING}\n\n{signals.LINE}\n"
+
+
 def test_afterwards_signals_do_what_they_did_before():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with signals.signals() as asked:

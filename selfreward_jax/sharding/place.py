@@ -30,6 +30,12 @@ def replicate(array: np.ndarray, mesh: jax.sharding.Mesh) -> jax.Array:
     return jax.make_array_from_callback(array.shape, NamedSharding(mesh, P()), lambda index: array[index])
 
 
+def from_each(value: int, mesh: jax.sharding.Mesh) -> jax.Array:
+    """`[devices]` int32: on each device the value of the process that it belongs to."""
+    sharding = NamedSharding(mesh, P(mesh.axis_names))
+    return jax.make_array_from_callback((mesh.size,), sharding, lambda _: np.asarray([value], np.int32))
+
+
 def fetch(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """Arrays on the mesh as whole numpy arrays, on every process alike (all must call this)."""
     return jax.device_get(_gather(mesh)(tree))

@@ -20,7 +20,7 @@ def make(run: Run, model: str, before: str) -> dict[str, Any]:
     """Writes `MODEL/reference.jsonl`: a line a pair, log-probs of each token (nats, float32) under `before`."""
     pairs = read_records(run.root / model / "pairs.jsonl", Pair)
     items = [trainer.PairRow(*pair_rows(run, pair), 0.0, 0.0) for pair in pairs]
-    # The first updates of training, packed as they will be there: its margins then are zero, not only nearly.
+    # The first updates of training, packed as they will be there: its margins then are zero but for the order of a sum.
     how = plan(run, f"{model}/reference", dataclasses.replace(run.config.dpo, epochs=1), items)
     params = params_of(run, before)
     found: dict[int, tuple[list[float], list[float]]] = {}

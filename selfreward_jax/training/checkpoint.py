@@ -46,15 +46,19 @@ def open_folder(directory: epath.Path, keep: int) -> Checkpoints:
     return Checkpoints(directory, keep, ocp.StandardCheckpointer())
 
 
-def save(checkpoints: Checkpoints, step: int, state: Any) -> None:
+def save(checkpoints: Checkpoints, step: int, state: Any, best: int = 0) -> None:
     """Starts saving a tree of arrays as the state after `step` updates; an earlier save is waited for.
+
+    Args:
+        best: a step that stays beside the newest.
 
     Raises:
         UserError: if the earlier save could not be written (a full disk), or this one cannot begin.
     """
     with _writing(checkpoints.directory):
         checkpoints.writer.wait_until_finished()
-        _drop(checkpoints.directory, _whole(checkpoints.directory)[: -checkpoints.keep])
+        old = _whole(checkpoints.directory)[: -checkpoints.keep]
+        _drop(checkpoints.directory, [step for step in old if step != best])
         checkpoints.writer.save(checkpoints.directory / str(step), _sealed(state), force=True)
 
 
@@ -74,20 +78,23 @@ def close(checkpoints: Checkpoints) -> None:
         checkpoints.writer.close()
 
 
-def restore(checkpoints: Checkpoints, like: Any) -> tuple[int, Any] | None:
+def restore(checkpoints: Checkpoints, like: Any, best: int = 0) -> tuple[int, Any] | None:
     """The newest checkpoint that is whole as (step, tree), in the shapes, dtypes and shardings of `like`; None without one.
 
     One that is damaged, cut short or with a bit that changed, is passed over with a line that says so.
+
+    Args:
+        best: a step that is taken before the newest, if it is there.
 
     Raises:
         UserError: if there are some and all are of another tree: they are not deleted for that.
     """
     others = []
-    for step in reversed(_whole(checkpoints.directory)):
+    for step in sorted(_whole(checkpoints.directory), key=lambda step: (step == best, step), reverse=True):
         found, problem = _read(checkpoints.directory / str(step), like)
         if not problem:
             return step, found
-        say(f"{checkpoints.directory / str(step)}: {problem}; what is before it is used")
+        say(f"{checkpoints.directory / str(step)}: {problem}; the one before it is used")
         if problem.startswith(_OTHER):
             others.append(problem)
     if others:
@@ -156,7 +163,7 @@ def _read(directory: epath.Path, like: Any) -> tuple[Any, str]:
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
     leaves = jax.tree.leaves(shapes)
     wanted = {"arrays": shapes, "sums": np.zeros((len(leaves),), np.uint32)}
-    problem, found = "", None
+    problem, found = "", {}
     try:
         found = processes.each(lambda: _read_here(directory, wanted))
     except UserError as error:

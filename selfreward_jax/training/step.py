@@ -153,6 +153,12 @@ def no_gradient(params: llama.Params) -> tuple[llama.Params, jax.Array]:
     return jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params), jnp.float32(0)
 
 
+@jax.jit
+def largest(values: jax.Array) -> jax.Array:
+    """Of values on all devices (`place.from_each`), on each of them."""
+    return jnp.max(values)
+
+
 @partial(jax.jit, static_argnames=("config", "compute", "chunk"))
 def logprob_pass(
     config: LlamaConfig, compute: llama.Compute, chunk: int, params: llama.Params, batch: Batch

@@ -18,14 +18,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from selfreward_jax import processes, stores, workdir
+from selfreward_jax import processes, signals, stores, workdir
 from selfreward_jax.data import batches, packing
 from selfreward_jax.errors import UserError
 from selfreward_jax.model import llama
 from selfreward_jax.model.config import LlamaConfig
 from selfreward_jax.observe import metrics as metric_files
 from selfreward_jax.observe.progress import progress, say
-from selfreward_jax.sharding.place import place, replicate
+from selfreward_jax.sharding import place
 from selfreward_jax.sharding.rules import check_alike
 from selfreward_jax.training import checkpoint, flops, optimizer, step
 from selfreward_jax.training.logprobs import Batch
@@ -75,13 +75,27 @@ _TOO_MANY = 10  # updates in a row that are left out: nothing is learnt any more
 _ROUNDING = 2**32 - 1  # no microbatch has this number: what is folded into an update's key for `apply_gradient`
 
 Item = Any  # anything with `rows`: batches.Row for SFT, PairRow for DPO
-OnCheckpoint = Callable[[int, llama.Params], bool]
+
+
+class Verdict(NamedTuple):
+    """What is said of a checkpoint (early stopping).
+
+    Attributes:
+        better: it is the best so far: kept beside the newest, and what training returns when it is stopped.
+        stop: training ends here.
+    """
+
+    better: bool
+    stop: bool
+
+
+OnCheckpoint = Callable[[int, llama.Params], Verdict]
 
 
 def collate_rows(items: Sequence[Item], part: packing.Microbatch, plan: Plan, mesh: jax.sharding.Mesh) -> Batch:
     """A microbatch of an update's items on the mesh."""
     rows = packing.lay([item.rows for item in items], part, plan.shape)
-    return Batch(*(place(getattr(rows, field), mesh) for field in Batch._fields))
+    return Batch(*(place.place(getattr(rows, field), mesh) for field in Batch._fields))
 
 
 def collate_pairs(
@@ -93,7 +107,9 @@ def collate_pairs(
     for index, pair in enumerate(part.members):
         reference[2 * index : 2 * index + 2] = (items[pair].ref_chosen, items[pair].ref_rejected)
         weights[index] = 1.0
-    return step.PairBatch(collate_rows(items, part, plan, mesh), replicate(reference, mesh), replicate(weights, mesh))
+    return step.PairBatch(
+        collate_rows(items, part, plan, mesh), place.replicate(reference, mesh), place.replicate(weights, mesh)
+    )
 
 
 def train(
@@ -117,11 +133,14 @@ def train(
         collate: an update's items and one of its microbatches -> device batch, `collate_rows` or `collate_pairs`.
         objective: `step.sft_objective` or a partial of `step.dpo_objective`.
         directory: the model's folder; `checkpoints/` and `metrics/` are kept there.
-        on_checkpoint: called with (step, params) after each checkpoint; True ends training there (early stopping). The
-            verdict is stored, and a resume repeats it.
+        on_checkpoint: called with (step, params) after each checkpoint, the last update's apart, which is none. Its verdict is
+            stored, and a resume repeats it.
+
+    A signal to end (Ctrl-C, SIGTERM: a preemption) to any of the processes has all of them save the state after the same
+    update, and leave by KeyboardInterrupt; without checkpoints it ends at once.
 
     Returns:
-        The trained parameters, and {updates, loss (mean over the last epoch), ...} for the stage's record.
+        The trained parameters, those of the best checkpoint if a verdict stopped training, and {updates, loss (mean over the last epoch), ...} for the stage's record.
 
     Raises:
         UserError: if the gradient norm is not finite or a spike (see `Plan.on_bad`), with the file that the
@@ -143,15 +162,17 @@ def train(
     base = jax.random.key(plan.seed)
     pending: _Pending | None = None
     reported, left_out = time.monotonic(), 0
+    asked = 0  # the signal that any process had: known to all at the same update
     peak = flops.peak(jax.devices()[0].device_kind)
     roof = peak * jax.device_count() if peak else None
 
     def report() -> str:
         """Fetches the update before this one: one late, so that the device never waits for the host."""
-        nonlocal pending, reported, left_out
+        nonlocal pending, reported, left_out, asked
         if pending is None:
             return ""
-        at, counts, parts, norm, bad, chosen = pending
+        at, counts, parts, norm, bad, chosen, told = pending
+        asked = asked or (int(step.largest(told)) if told is not None else 0)
         row = _row(at, parts, float(norm))
         now = time.monotonic()
         seconds = max(now - reported, 1e-9)
@@ -177,12 +198,19 @@ def train(
             f"{key} {row[key]:.3g}" for key in ("loss", "accuracy", "margin", "tokens_per_s", "mfu") if key in row
         )
 
+    def due(number: int) -> bool:
+        return number < total_steps and number % plan.checkpoint_every == 0
+
     verdicts = _Verdicts(directory / "verdicts.json")
-    stopped = bool(first and on_checkpoint and verdicts.of(first, partial(on_checkpoint, first, state.params)))
+    stopped = False
+    if first and on_checkpoint and due(first):
+        stopped = verdicts.of(first, partial(on_checkpoint, first, state.params)).stop
     note = ""
     with contextlib.ExitStack() as closing, progress(name, total_steps, "updates", done=first) as advance:
         closing.callback(close)
+        own = signals.Asked()
         if checkpoints:
+            own = closing.enter_context(signals.deferred())
             closing.callback(checkpoint.close, checkpoints)  # also when an update failed
         for number in range(first, 0 if stopped else total_steps):
             indices = batches.batch_indices(len(items), plan.epochs, plan.seed, plan.batch, number)
@@ -212,15 +240,31 @@ def train(
                     sum(len(row.tokens) - row.start for item in chosen for row in item.rows),
                 ),
             }
-            pending = _Pending(number, counts, measured, norm, bad, chosen)
-            if checkpoints and (number + 1) % plan.checkpoint_every == 0 and number + 1 < total_steps:
+            told = place.from_each(own.number, mesh) if processes.count() > 1 else None
+            pending = _Pending(number, counts, measured, norm, bad, chosen, told)
+            ending = asked if processes.count() > 1 else own.number
+            if checkpoints and (ending or due(number + 1)):
                 note = report() or note  # what is left out by a stop is never saved
-                checkpoint.save(checkpoints, number + 1, state)
-                if on_checkpoint and verdicts.of(number + 1, partial(on_checkpoint, number + 1, state.params)):
-                    advance(1, note)
-                    break
+                checkpoint.save(checkpoints, number + 1, state, verdicts.best())
+                if ending:
+                    own.number = ending  # another process' signal is this one's too
+                    say(f"[{name}] saved after update {number + 1} of {total_steps}")
+                    raise KeyboardInterrupt
+                if on_checkpoint:
+                    stopped = verdicts.of(number + 1, partial(on_checkpoint, number + 1, state.params)).stop
             advance(1, note)
+            if stopped:
+                break
         report()
+    if stopped and checkpoints and (best := verdicts.best()):
+        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+        del state, total  # no room for two
+        at, state = checkpoint.restore(checkpoints, like, best) or (0, None)
+        if state is None:
+            raise UserError(
+                f"{checkpoints.directory}: no checkpoint is left; start again to train from the beginning"
+            )
+        say(f"[{name}] stopped early: the best parameters are those after update {at}")
     rows = metric_files.read(directory / "metrics")
     last = rows[-max(1, batches.updates(len(items), 1, plan.batch)) :]
     summary = {"updates": float(len(rows)), "left_out": float(sum(row["left_out"] for row in rows))}
@@ -239,6 +283,7 @@ class _Pending(NamedTuple):
     norm: jax.Array
     bad: jax.Array
     chosen: Sequence[Item]
+    told: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,13 +292,20 @@ class _Verdicts:
 
     path: epath.Path
 
-    def of(self, number: int, ask: Callable[[], bool]) -> bool:
-        read = lambda: json.loads(stores.read_whole(self.path)) if stores.exists(self.path) else {}  # noqa: E731
-        known = processes.together(read)  # or one would ask, which all do together, and another find the answer
+    def of(self, number: int, ask: Callable[[], Verdict]) -> Verdict:
+        known = self._known()
         if str(number) not in known:
-            known[str(number)] = bool(ask())
+            known[str(number)] = ask()._asdict()
             workdir.write_text(self.path, json.dumps(known) + "\n")
-        return known[str(number)]
+        return Verdict(**known[str(number)])
+
+    def best(self) -> int:
+        """The update of the best checkpoint; 0 if none was called so."""
+        return max((int(number) for number, verdict in self._known().items() if verdict["better"]), default=0)
+
+    def _known(self) -> dict[str, dict[str, bool]]:
+        read = lambda: json.loads(stores.read_whole(self.path)) if stores.exists(self.path) else {}  # noqa: E731
+        return processes.together(read)  # or one would ask, which all do together, and another find the answer
 
 
 def _keep(path: epath.Path, items: Sequence[Item]) -> epath.Path:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -138,6 +140,44 @@ def test_a_host_whose_checkpoint_is_not_taken_ends_all(tmp_path):
     assert codes[1] == 2 and codes[0] not in (0, 2), logs[0][-2000:]
     assert "checkpoints: cannot be written (File too large" in logs[1] and "(process 1 of 2)" in logs[1]
     assert logs[1].splitlines()[-1].startswith("error: ")  # above it tensorstore may show tracebacks of its threads
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_has_all_save_the_same_update(tmp_path):
+    """As a preemption of one host; and what both go on to make is what they make undisturbed."""
+    (tmp_path / "0").mkdir()
+    row = {"messages": [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]}
+    (tmp_path / "0" / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 16)
+
+    def commands(folder):
+        given = (
+            "-m", "selfreward_jax.train", "--loss=sft", "--model=random:tiny", "--data=rows.jsonl", f"--config={ROOT}/configs/sft.py:tiny",
+            f"--workdir={tmp_path}/{folder}", "--config.sft.checkpoint_every=1000", "--config.sft.epochs=4", "--num_processes=2",
+            f"--coordinator=127.0.0.1:{free_port()}", f"--heartbeat_timeout={HEARTBEAT}",
+        )  # fmt: skip
+        return [(*given, f"--process_id={index}") for index in range(2)]
+
+    def preempt():
+        """SIGTERM to process 1, once process 0 says that some updates are done."""
+        log = tmp_path / "0.log"
+        while " 3/" not in (log.read_text() if log.exists() else ""):
+            time.sleep(0.05)
+        subprocess.run(["pkill", "-TERM", "-f", f"workdir={tmp_path}/stopped.*process_id=1"], check=True)
+
+    preempting = threading.Thread(target=preempt)
+    preempting.start()
+    codes, logs, _ = run(tmp_path, commands("stopped"), more=({"SELFREWARD_LOG_EVERY": "0"}, {}))
+    preempting.join()
+    assert codes == [143, 143], logs
+    saved = re.search(r"\[trained/train\] saved after update (\d+) of", logs[0])
+    assert saved and (tmp_path / "stopped" / "trained" / "checkpoints" / saved[1]).exists()
+    codes, logs, _ = run(tmp_path, commands("stopped"))
+    assert codes == [0, 0], logs
+    assert f"[trained/train] continues after update {saved[1]} of" in logs[0]
+    codes, logs, _ = run(tmp_path, commands("whole"))
+    assert codes == [0, 0], logs
+    weights = [(tmp_path / folder / "trained" / "model" / "model.safetensors").read_bytes() for folder in ("stopped", "whole")]
+    assert weights[0] == weights[1]
 
 
 # What a process of a job says that found its place out, and what it was started with.

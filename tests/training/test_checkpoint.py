@@ -150,7 +150,7 @@ def test_what_is_damaged_is_passed_over_and_never_taken_for_what_was_saved(mesh,
         said = capsys.readouterr().out
         assert (found[0] == 3) == bool(said)
         if said:
-            assert re.match(rf"{folder}/checkpoints/6: (damaged|holds another).*; what is before it is used\n", said), said
+            assert re.match(rf"{folder}/checkpoints/6: (damaged|holds another).*; the one before it is used\n", said), said
         shutil.rmtree(folder / "checkpoints")
         shutil.copytree(folder / "whole", folder / "checkpoints")
     assert passed > 10  # the others hit what is not read: orbax keeps files of the processes beside the merged ones
@@ -179,7 +179,7 @@ def test_a_bit_of_the_arrays_themselves_is_found_by_its_name(mesh, folder, monke
     found = checkpoint.restore(checkpoints, state)
     checkpoint.close(checkpoints)
     assert found and found[0] == 1
-    assert "checkpoints/2: damaged: embed not as saved; what is before it is used" in capsys.readouterr().out
+    assert "checkpoints/2: damaged: embed not as saved; the one before it is used" in capsys.readouterr().out
 
 
 def test_checkpoints_of_another_model_are_refused_and_stay(mesh, folder):

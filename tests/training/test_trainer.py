@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import signal
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from etils import epath
 from jax.sharding import PartitionSpec as P
 
-from selfreward_jax import presets, recipe
+from selfreward_jax import presets, recipe, signals
 from selfreward_jax.config import from_config_dict
 from selfreward_jax.data import batches, packing
 from selfreward_jax.data.batches import Row
@@ -22,7 +23,7 @@ from selfreward_jax.observe import metrics
 from selfreward_jax.training import checkpoint, optimizer, step, trainer
 from selfreward_jax.training.logprobs import of_sequences
 from selfreward_jax.training.optimizer import Optimizer
-from selfreward_jax.training.trainer import Plan, collate_pairs, collate_rows
+from selfreward_jax.training.trainer import Plan, Verdict, collate_pairs, collate_rows
 
 COMPUTE = llama.Compute()
 # 9 examples twice in batches of 4: five updates, the last of 2. Rows hold one or two examples: two or three an update.
@@ -80,7 +81,7 @@ def test_a_stopped_run_continues_to_the_same_bits(run, tmp_path, small, mesh, ra
 
     def keep(number, params):
         saved[number] = host(params)
-        return False
+        return Verdict(better=True, stop=False)
 
     whole, summary = run("whole", on_checkpoint=keep)
     assert sorted(saved) == [2, 4]
@@ -94,7 +95,7 @@ def test_a_stopped_run_continues_to_the_same_bits(run, tmp_path, small, mesh, ra
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (saved[2], saved[4])), strict=True))
 
     # Stopped after a checkpoint; and killed between two. The parameters that a resumed run is given do not count.
-    run("stopped", on_checkpoint=lambda number, _: number == 2)
+    run("stopped", on_checkpoint=lambda number, _: Verdict(True, number == 2))
     assert (
         tmp_path / "stopped" / "checkpoints" / "2"
     ).exists()  # the save, which runs beside the loop, is waited for
@@ -113,6 +114,43 @@ def test_a_stopped_run_continues_to_the_same_bits(run, tmp_path, small, mesh, ra
 
     # Without the checkpoint the other start would have shown.
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (run("else", seed=5)[0], whole)), strict=True))
+
+
+def test_a_signal_saves_the_update_that_it_meets_and_nothing_is_lost(run, tmp_path, capsys):
+    whole, summary = run("whole", on_checkpoint=lambda number, params: Verdict(True, False))
+    seen = itertools.count()
+
+    def signalled(*args):
+        if next(seen) == 7:  # in the third or fourth update
+            signal.raise_signal(signal.SIGTERM)
+        return collate_rows(*args)
+
+    asked = []
+
+    def ask(number, params):
+        asked.append(number)
+        return Verdict(True, False)
+
+    with signals.signals() as heard, pytest.raises(KeyboardInterrupt):
+        run("signalled", collate=signalled, on_checkpoint=ask)
+    assert heard.number == signal.SIGTERM
+    rows = rows_of(tmp_path, "signalled")
+    assert len(rows) in (3, 4)
+    assert (tmp_path / "signalled" / "checkpoints" / str(len(rows))).exists()
+    assert f"[test] saved after update {len(rows)} of 5" in capsys.readouterr().out
+    again, same = run("signalled", seed=5, on_checkpoint=ask)
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+    assert same == summary
+    assert len(rows_of(tmp_path, "signalled")) == 5
+    assert asked == [2, 4]  # as without the signal: where it saved nobody asked before
+    kept = (tmp_path / "signalled" / "verdicts.json").read_text()
+    assert kept == (tmp_path / "whole" / "verdicts.json").read_text()
+
+
+def test_a_signal_ends_what_has_no_checkpoints_at_once(run):
+    plan = dataclasses.replace(PLAN, checkpoint_every=0)
+    with signals.signals(), pytest.raises(KeyboardInterrupt):
+        run("no", plan=plan, collate=lambda *args: signal.raise_signal(signal.SIGTERM))
 
 
 def test_metrics_rows_and_the_short_last_batch(run, tmp_path, items, capsys):
@@ -179,7 +217,7 @@ def test_an_update_that_is_not_finite_stops_and_is_saved_for_a_look(run, tmp_pat
 
 def test_a_stage_that_is_done_anew_begins_with_nothing_of_what_training_left(run, tmp_path):
     plan = dataclasses.replace(PLAN, on_bad="skip")
-    run("m1", plan=plan, collate=broken({0}), on_checkpoint=lambda number, params: False)
+    run("m1", plan=plan, collate=broken({0}), on_checkpoint=lambda number, params: Verdict(True, False))
     stages = {stage.name: stage for stage in recipe.stages(from_config_dict(presets.get("m1", "tiny")))}
     left = {f"m1/{path.name}" for path in (tmp_path / "m1").iterdir()}
     assert left == {"m1/checkpoints", "m1/metrics", "m1/left_out", "m1/verdicts.json"}
@@ -227,10 +265,11 @@ def test_a_verdict_is_stored_and_repeated(run, tmp_path):
 
     def third(number, params):
         asked.append(number)
-        return number == 4
+        return Verdict(better=True, stop=number == 4)
 
     whole, _ = run("verdict", on_checkpoint=third)
-    assert asked == [2, 4] and json.loads((tmp_path / "verdict" / "verdicts.json").read_text()) == {"2": False, "4": True}
+    stored = json.loads((tmp_path / "verdict" / "verdicts.json").read_text())
+    assert asked == [2, 4] and stored == {"2": {"better": True, "stop": False}, "4": {"better": True, "stop": True}}
     again, _ = run("verdict", on_checkpoint=third)
     assert asked == [2, 4]
     jax.tree.map(np.testing.assert_array_equal, again, whole)
@@ -239,6 +278,29 @@ def test_a_verdict_is_stored_and_repeated(run, tmp_path):
     assert asked == [2, 4, 4]
     jax.tree.map(np.testing.assert_array_equal, again, whole)
     assert len(rows_of(tmp_path, "verdict")) == 4
+
+
+def test_the_best_checkpoint_stays_and_is_what_a_stop_returns(run, tmp_path, capsys):
+    plan = dataclasses.replace(PLAN, checkpoint_every=1, keep=1)
+    saved = {}
+
+    def second(number, params):
+        saved[number] = host(params)
+        return Verdict(better=number <= 2, stop=number == 4)
+
+    got, summary = run("best", plan=plan, on_checkpoint=second)
+    assert sorted(saved) == [1, 2, 3, 4] and summary["updates"] == 4
+    assert "[test] stopped early: the best parameters are those after update 2" in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, got, saved[2])
+    assert sorted(path.name for path in (tmp_path / "best" / "checkpoints").iterdir()) == ["2", "3", "4"]
+    again, same = run("best", plan=plan, seed=5, on_checkpoint=second)  # killed before the parameters were written
+    jax.tree.map(np.testing.assert_array_equal, again, got)
+    assert same == summary
+    for file in (tmp_path / "best" / "checkpoints" / "2").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:-200])
+    last, _ = run("best", plan=plan, seed=5, on_checkpoint=second)
+    assert "checkpoints/2: damaged" in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, last, saved[4])
 
 
 @pytest.mark.parametrize("mesh", [(1, 2, 2)], indirect=True)
