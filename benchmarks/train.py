@@ -11,6 +11,7 @@ are compared.
     dpo_real_vs_RIVAL    pairs of packaged ranked replies, lengths as people wrote them
     sft_judge_vs_RIVAL   judge examples of about 530 tokens, loss on the last 60
     memory_vs_RIVAL      peak memory of the process in a `dpo` update, ours over theirs (weights, moments and all)
+    linear_SIDE          ours alone: 2, 4 and 8 such pairs an update, the most seconds a token over the fewest
 
 The first four are the rival's seconds over ours of the same precision. Rivals that are not installed are left out.
 
@@ -43,8 +44,9 @@ SIDES = {
     "trl_fp32": ("trl", "float32", "trl"), "trl_bf16": ("trl", "bfloat16", "trl"),
     "torch_fp32": ("torch", "float32", "torch"), "torch_bf16": ("torch", "bfloat16", "torch"),
 }  # fmt: skip
-RIVALS = {"dpo": "trl", "dpo_live": "trl", "dpo_real": "trl", "sft_judge": "torch"}
+RIVALS = {"dpo": "trl", "dpo_live": "trl", "dpo_real": "trl", "sft_judge": "torch", "linear": ""}
 PROMPT, RESPONSE, PAIRS = 64, 192, 4
+GROWING = (2, 4, 8)  # pairs of `linear`
 JUDGED, TARGETS = 8, 60
 LOSS = {"fp32": 2e-3, "bf16": 5e-2}  # that the sides' first losses may be apart, relative
 
@@ -59,15 +61,15 @@ class Work:
     tokens: int
 
 
-def fixed_pairs(chat: Chat) -> Sequences:
+def fixed_pairs(chat: Chat, count: int = PAIRS) -> Sequences:
     """Pairs of exact lengths, cut out of packaged replies."""
     replies = [reply for ranked in oasst.load(packaged("trees.jsonl")).sets for reply in ranked.replies]
     stream = [token for reply in replies for token in encode_text(chat, reply)]
     each = PROMPT + 2 * RESPONSE
-    if len(stream) < PAIRS * each:
-        raise UserError(f"the packaged replies have {len(stream)} tokens, {PAIRS * each} are needed")
+    if len(stream) < count * each:
+        raise UserError(f"the packaged replies have {len(stream)} tokens, {count * each} are needed")
     found: Sequences = []
-    for place in range(0, PAIRS * each, each):
+    for place in range(0, count * each, each):
         prompt = stream[place : place + PROMPT]
         middle = place + PROMPT + RESPONSE
         found += [(prompt + stream[place + PROMPT : middle], PROMPT), (prompt + stream[middle : place + each], PROMPT)]
@@ -99,6 +101,16 @@ def measure(arguments: argparse.Namespace, chat: Chat, sides: dict[str, pinned.S
     keys: dict[str, float] = {}
     found: dict[str, dict[str, Any]] = {}
     for name in arguments.only:
+        if name == "linear":
+            ours = [side for key, side in sides.items() if SIDES[key][0] == "ours"]
+            for count in GROWING:
+                sequences = fixed_pairs(chat, count)
+                order = {"task": "dpo", "sequences": sequences}
+                found[f"{name}_{count}"] = workload(f"{name}_{count}", ours, Work(order, tokens_of(sequences)), arguments.rounds)
+            for side in ours:
+                rates = [found[f"{name}_{count}"][side.name]["tokens_per_second"] for count in GROWING]
+                keys[f"{name}_{side.name}"] = round(max(rates) / min(rates), 3)
+            continue
         sequences = {"dpo": fixed_pairs, "dpo_live": fixed_pairs, "sft_judge": judge_examples}.get(
             name, lambda chat: real_pairs(chat, arguments.real)
         )(chat)

@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from typing import IO
+from io import FileIO
 
 from etils import epath
 
@@ -45,26 +45,26 @@ def _hold(root: epath.Path, held: contextlib.ExitStack) -> None:
         return
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _flock(root, held.enter_context(open(os.fspath(root / ".lock"), "a+")))  # noqa: SIM115
+        # Unbuffered: what a full disk did not take would be written again, in vain, when the file is closed.
+        _flock(root, held.enter_context(open(os.fspath(root / ".lock"), "ab+", buffering=0)))  # noqa: SIM115
     except OSError as error:
         raise UserError(
             f"--workdir={root}: {error.strerror or error}; take a folder that can be written, or make room"
         ) from error
 
 
-def _flock(root: epath.Path, file: IO[str]) -> None:
+def _flock(root: epath.Path, file: FileIO) -> None:
     import fcntl  # POSIX only; imported here so that reading a workdir works elsewhere
 
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.seek(0)
-        owner = file.read().strip() or "?"
+        owner = (file.read() or b"").decode(errors="replace").strip() or "?"
         raise UserError(f"--workdir={root}: process {owner} is working here; wait for it or stop it") from error
     file.seek(0)
     file.truncate()
-    file.write(f"{os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    file.write(f"{os.getpid()} on {socket.gethostname()}".encode())
 
 
 @dataclasses.dataclass(frozen=True)
