@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -26,6 +27,18 @@ from selfreward_jax.training import checksum
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 # Of several arrays that cannot be read it raises the first's error; asyncio logs a traceback for each other.
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+@lru_cache  # once
+def _hear_no_closed_loops() -> None:
+    """When one array of several fails, orbax closes its event loop, and tensorstore's threads complain of that for the others."""
+    before = sys.unraisablehook
+
+    def hear(what: Any) -> None:
+        if not (isinstance(what.exc_value, RuntimeError) and str(what.exc_value) == "Event loop is closed"):
+            before(what)
+
+    sys.unraisablehook = hear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +208,7 @@ def _forget() -> None:
 
 def _read_here(directory: epath.Path, wanted: Any) -> Any:
     """This process' part, by orbax's handler: its checkpointers wait at the end for processes that may have failed."""
+    _hear_no_closed_loops()
     handler = ocp.StandardCheckpointHandler()
     try:
         if different := _differences(handler.metadata(directory).tree, wanted):
@@ -236,6 +250,7 @@ def _name(path: Any) -> str:
 
 @contextlib.contextmanager
 def _writing(directory: epath.Path) -> Iterator[None]:
+    _hear_no_closed_loops()
     try:
         yield
     except TimeoutError as error:  # of orbax, where the processes wait for each other's parts
