@@ -11,7 +11,7 @@ are compared.
     dpo_real_vs_RIVAL    pairs of packaged ranked replies, lengths as people wrote them
     sft_judge_vs_RIVAL   judge examples of about 530 tokens, loss on the last 60
     memory_vs_RIVAL      peak memory of the process in a `dpo` update, ours over theirs (weights, moments and all)
-    linear_SIDE          ours alone: 2, 4 and 8 such pairs an update, the most seconds a token over the fewest
+    linear               ours alone: 2, 4 and 8 such pairs an update, the most seconds a token over the fewest
 
 The first four are the rival's seconds over ours of the same precision. Rivals that are not installed are left out.
 
@@ -44,7 +44,8 @@ SIDES = {
     "trl_fp32": ("trl", "float32", "trl"), "trl_bf16": ("trl", "bfloat16", "trl"),
     "torch_fp32": ("torch", "float32", "torch"), "torch_bf16": ("torch", "bfloat16", "torch"),
 }  # fmt: skip
-RIVALS = {"dpo": "trl", "dpo_live": "trl", "dpo_real": "trl", "sft_judge": "torch", "linear": ""}
+# workload: whose side is compared; TRL's trainer is made anew where it computes the reference itself
+RIVALS = {"dpo": "trl", "dpo_real": "trl", "dpo_live": "trl", "sft_judge": "torch", "linear": ""}
 PROMPT, RESPONSE, PAIRS = 64, 192, 4
 GROWING = (2, 4, 8)  # pairs of `linear`
 JUDGED, TARGETS = 8, 60
@@ -96,26 +97,51 @@ def tokens_of(sequences: Sequences) -> int:
     return sum(len(ids) for ids, _ in sequences)
 
 
-def measure(arguments: argparse.Namespace, chat: Chat, sides: dict[str, pinned.Side]) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """The sides that run, and how others are started: each holds gigabytes, so only those that a workload needs do."""
+
+    arguments: argparse.Namespace
+    folder: Path
+    sides: dict[str, pinned.Side]
+    about: dict[str, Any]
+
+    def taking(self, name: str) -> list[pinned.Side]:
+        """The sides of a workload, started if need be; others are stopped."""
+        needed = [side for side in self.arguments.sides if SIDES[side][0] in ("ours", RIVALS[name])]
+        for other in [side for side in self.sides if side not in needed]:
+            pinned.stop(self.sides.pop(other))
+        for side in needed:
+            kind, dtype, package = SIDES[side]
+            if side not in self.sides and pinned.installed(side, package):
+                order = [kind, str(self.folder / "model"), dtype]
+                started = pinned.start(side, "benchmarks.train_sides", order, self.arguments.core, self.folder)
+                self.sides[side], self.about[side] = started, started.about
+                say(f"{side}: ready after {started.about['load_seconds']} s")
+        return list(self.sides.values())
+
+
+def measure(bench: Bench, chat: Chat) -> dict[str, Any]:
     """All figures: the keys first, then what they come from."""
     keys: dict[str, float] = {}
     found: dict[str, dict[str, Any]] = {}
+    arguments = bench.arguments
     for name in arguments.only:
+        taking = bench.taking(name)
         if name == "linear":
-            ours = [side for key, side in sides.items() if SIDES[key][0] == "ours"]
+            rates = []
             for count in GROWING:
                 sequences = fixed_pairs(chat, count)
                 order = {"task": "dpo", "sequences": sequences}
-                found[f"{name}_{count}"] = workload(f"{name}_{count}", ours, Work(order, tokens_of(sequences)), arguments.rounds)
-            for side in ours:
-                rates = [found[f"{name}_{count}"][side.name]["tokens_per_second"] for count in GROWING]
-                keys[f"{name}_{side.name}"] = round(max(rates) / min(rates), 3)
+                one = workload(f"{name}_{count}", taking[:1], Work(order, tokens_of(sequences)), arguments.rounds)
+                found[f"{name}_{count}"] = one
+                rates.append(one[taking[0].name]["tokens_per_second"])
+            keys[name] = round(max(rates) / min(rates), 3)
             continue
         sequences = {"dpo": fixed_pairs, "dpo_live": fixed_pairs, "sft_judge": judge_examples}.get(
             name, lambda chat: real_pairs(chat, arguments.real)
         )(chat)
         order: dict[str, Any] = {"task": {"sft_judge": "sft", "dpo_live": "dpo_live"}.get(name, "dpo"), "sequences": sequences}
-        taking = [side for key, side in sides.items() if SIDES[key][0] in ("ours", RIVALS[name])]
         if order["task"] == "dpo":
             first = next(side for side in taking if SIDES[side.name][0] == "ours")
             logps = pinned.ask(first, task="logps", sequences=sequences)["logps"]
@@ -181,26 +207,21 @@ def run(arguments: argparse.Namespace) -> None:
         wrong.append("--sides, --only: nothing of ours is left to measure")
     if wrong:
         raise UserError(*wrong)
-    sides: dict[str, pinned.Side] = {}
+    about: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="train_", dir=arguments.dir) as scratch:
         folder = Path(scratch)
         say(convert(arguments.model, str(folder / "model"), "float32"))
         source = open_source(str(folder / "model"))
         chat = load_chat(source.tokenizer, "own", source.eos_ids)
+        bench = Bench(arguments, folder, {}, about)
         try:
-            for name in arguments.sides:
-                kind, dtype, needed = SIDES[name]
-                if pinned.installed(name, needed):
-                    order = [kind, str(folder / "model"), dtype]
-                    sides[name] = pinned.start(name, "benchmarks.train_sides", order, arguments.core, folder)
-                    say(f"{name}: ready after {sides[name].about['load_seconds']} s")
-            figures = measure(arguments, chat, sides)
+            figures = measure(bench, chat)
         finally:
-            for side in sides.values():
+            for side in bench.sides.values():
                 pinned.stop(side)
     figures |= {
         "settings": {name: getattr(arguments, name) for name in ("model", "rounds", "real", "core")},
-        "sides": {name: side.about for name, side in sides.items()}, "cpu": pinned.cpu_name(),
+        "sides": about, "cpu": pinned.cpu_name(),
         "python": platform.python_version(),
     }  # fmt: skip
     hand_over(figures, arguments.out)
