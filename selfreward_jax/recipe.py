@@ -110,6 +110,8 @@ _FILES = (
     "data.oasst", "data.ift", "data.preferences", "data.validation", "eft.file", "prompts.source", "prompts.avoid",
     "judge.template", "model.chat_template",
 )  # fmt: skip
+_MODELS = ("model.source", "model.tokenizer")  # a folder, or a file of weights
+_HASHED = 64 * 2**20  # bytes: tokenizers and configs are smaller
 
 
 def _training(model: str, make: Callable, settings: tuple[str, ...], inputs: tuple[str, ...]) -> Stage:
@@ -196,23 +198,31 @@ def settings_of(config: Config, stage: Stage) -> dict[str, Any]:
 
 
 def files_of(settings: dict[str, Any]) -> dict[str, str]:
-    """The user's local files that a stage's settings name, with their sha256."""
-    values = [value for name, value in settings.items() if name in _FILES]
-    files = [file for value in values for file in (value if isinstance(value, tuple) else (value,)) if file]
-    return {file: workdir.manifest(epath.Path(file)) for file in files if _is_file(file)}
+    """The user's local files and model folders that a stage's settings name, with what identifies their content."""
+    found: dict[str, str] = {}
+    for name, value in settings.items():
+        for file in value if isinstance(value, tuple) else (value,):
+            if name in _MODELS or (name in _FILES and not epath.Path(file or ".").is_dir()):
+                found[file] = _identity(file)
+    return {file: identity for file, identity in found.items() if identity}
 
 
-def _is_file(name: str) -> bool:
-    return not stores.is_remote(name) and epath.Path(name).exists() and not epath.Path(name).is_dir()
+def _identity(name: str) -> str:
+    """Of a file its sha256, or its size if it is as big as weights are; of a folder its files'; "" if it is not there."""
+    path = epath.Path(name).expanduser()
+    if name in ("", "demo") or stores.is_remote(name) or not path.exists():
+        return ""
+    if path.is_dir():
+        return workdir.digest(sorted((file.name, _identity(str(file))) for file in path.iterdir()))
+    size = path.stat().length
+    return workdir.manifest(path) if size <= _HASHED else f"{size} bytes"
 
 
 def _changed_files(root: epath.Path, stage: Stage) -> bool:
-    """Whether a file that the stage was made from is there with another content; one that is gone changes nothing."""
+    """Whether what the stage was made from is there with another content; what is gone changes nothing."""
     made_from = workdir.facts(root, stage.name).get("files", {})
     changed = processes.together(
-        lambda: [
-            file for file, sum in made_from.items() if _is_file(file) and workdir.manifest(epath.Path(file)) != sum
-        ]
+        lambda: [file for file, identity in made_from.items() if _identity(file) not in ("", identity)]
     )
     if changed:
         say(f"[{stage.name}] {', '.join(changed)} changed: done again")

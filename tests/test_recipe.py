@@ -354,6 +354,23 @@ def test_a_data_file_that_changed_is_read_again(tmp_path: Path, capsys: pytest.C
     assert len(made) == 2
 
 
+def test_a_model_folder_that_changed_is_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    (folder / "more").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "more/tokenizer.json"):
+        (folder / name).write_text("0123456789")
+    monkeypatch.setattr(recipe, "_HASHED", 10)
+    (folder / "model.safetensors").write_text("as large as weights")
+    settings = {"model.source": str(folder), "model.tokenizer": "", "data.ift": ""}
+    first = recipe.files_of(settings)
+    assert list(first) == [str(folder)] and recipe.files_of(settings) == first
+    (folder / "more" / "tokenizer.json").write_text("0123456780")
+    second = recipe.files_of(settings)
+    (folder / "model.safetensors").write_text("as large as weights are")
+    assert len({*first.values(), *second.values(), *recipe.files_of(settings).values()}) == 3
+    assert recipe.files_of({"model.source": "demo", "model.tokenizer": "organisation/model"}) == {}
+
+
 def test_a_loop_that_cannot_go_on_still_shows_what_there_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
