@@ -38,7 +38,8 @@ _OPEN = [Asked()]  # the last is what `signals` gave, while it is open; the firs
 def deferred() -> Iterator[Asked]:
     """While this is open the first signal is noted, and a line says so; the second interrupts, as signals else do.
 
-    What it is given to ends soon after `number` is set; without `signals` around it nothing ever sets it.
+    What it is given to ends soon after `number` is set, and if it ended without a look at it, this interrupts; without
+    `signals` around it nothing ever sets it.
     """
     asked = _OPEN[-1]
     asked.deferred = True
@@ -46,6 +47,8 @@ def deferred() -> Iterator[Asked]:
         yield asked
     finally:
         asked.deferred = False
+    if asked.number:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

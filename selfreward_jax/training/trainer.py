@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -212,6 +212,14 @@ def train(
         if checkpoints:
             own = closing.enter_context(signals.deferred())
             closing.callback(checkpoint.close, checkpoints)  # also when an update failed
+
+        def leave(number: int) -> NoReturn:
+            assert checkpoints
+            checkpoint.save(checkpoints, number, state, verdicts.best())
+            own.number = own.number or asked  # another process' signal is this one's too
+            say(f"[{name}] saved after update {number} of {total_steps}")
+            raise KeyboardInterrupt
+
         for number in range(first, 0 if stopped else total_steps):
             indices = batches.batch_indices(len(items), plan.epochs, plan.seed, plan.batch, number)
             chosen = [items[i] for i in indices]
@@ -245,17 +253,19 @@ def train(
             ending = asked if processes.count() > 1 else own.number
             if checkpoints and (ending or due(number + 1)):
                 note = report() or note  # what is left out by a stop is never saved
-                checkpoint.save(checkpoints, number + 1, state, verdicts.best())
                 if ending:
-                    own.number = ending  # another process' signal is this one's too
-                    say(f"[{name}] saved after update {number + 1} of {total_steps}")
-                    raise KeyboardInterrupt
+                    leave(number + 1)
+                checkpoint.save(checkpoints, number + 1, state, verdicts.best())
                 if on_checkpoint:
                     stopped = verdicts.of(number + 1, partial(on_checkpoint, number + 1, state.params)).stop
             advance(1, note)
             if stopped:
                 break
         report()
+        if checkpoints and not stopped:  # a signal in the last update
+            asked = int(step.largest(place.from_each(own.number, mesh)))
+            if asked:
+                leave(total_steps)
     if stopped and checkpoints and (best := verdicts.best()):
         like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
         del state, total  # no room for two

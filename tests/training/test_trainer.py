@@ -147,6 +147,30 @@ def test_a_signal_saves_the_update_that_it_meets_and_nothing_is_lost(run, tmp_pa
     assert kept == (tmp_path / "whole" / "verdicts.json").read_text()
 
 
+def test_a_signal_while_the_last_update_is_waited_for_saves_it(run, tmp_path, monkeypatch):
+    whole, summary = run("whole")
+    rows = itertools.count(1)
+
+    def late(at, *args):
+        if next(rows) == 5:  # the fifth update's figures are fetched behind the loop
+            signal.raise_signal(signal.SIGTERM)
+        return row_of(at, *args)
+
+    row_of = trainer._row
+    monkeypatch.setattr(trainer, "_row", late)
+    with signals.signals(), pytest.raises(KeyboardInterrupt):
+        run("late")
+    assert (tmp_path / "late" / "checkpoints" / "5").exists()
+    again, same = run("late", seed=5)
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+    assert same == summary
+
+
+def test_a_signal_that_nobody_looked_at_interrupts_at_the_end():
+    with signals.signals(), pytest.raises(KeyboardInterrupt), signals.deferred():
+        signal.raise_signal(signal.SIGTERM)
+
+
 def test_a_signal_ends_what_has_no_checkpoints_at_once(run):
     plan = dataclasses.replace(PLAN, checkpoint_every=0)
     with signals.signals(), pytest.raises(KeyboardInterrupt):
