@@ -50,23 +50,6 @@ def read_only(path: Path) -> Iterator[None]:
         subprocess.run(["umount", str(path)], check=True)
 
 
-# One of each, in stages that take it differently: inside the saves of training, between parts, in what is made once.
-IN_CI = (
-    ("SIGTERM", "sft/train", 6), ("flipped bit", "m1/train", 40), ("SIGTERM", "m1/train", 30), ("two at once", "m2/responses", 1),
-    ("clock", "m2/judgments", 2), ("flipped bit", "m2/pairs", 0), ("SIGTERM", "m2/train", 3),
-)  # fmt: skip
-
-
-@pytest.mark.slow
-def test_one_of_each_fault_gives_the_same_bytes(m2: Whole, tmp_path: Path) -> None:
-    into = tmp_path / "faulty"
-    for fault, stage, offset in IN_CI:
-        assert FAULTS[fault](m2, stage, offset, into), (fault, stage)
-    last = finished(m2, into)
-    assert last.returncode == 0, last.stderr[-2000:]
-    assert artifacts(into) == artifacts(m2.workdir)
-
-
 @pytest.mark.slow
 def test_a_preempted_training_loses_no_update(m2: Whole, tmp_path: Path) -> None:
     copy_finished(m2, tmp_path, "seed")
