@@ -224,7 +224,7 @@ def test_a_sum_is_the_formula_and_the_same_on_every_mesh(shape, mesh_of):
 @pytest.mark.parametrize("mesh", [(2, 2, 2)], indirect=True)
 def test_a_sum_takes_no_memory_of_the_size_of_its_array(mesh):
     big = jax.ShapeDtypeStruct((64, 256, 512), jnp.float32, sharding=NamedSharding(mesh, P(None, "tensor", "fsdp")))
-    used = checksum._sum.lower(big).compile().memory_analysis()
+    used = checksum._sums.lower([big]).compile().memory_analysis()
     assert used.temp_size_in_bytes < used.argument_size_in_bytes / 25  # two of 64 layers
 
 
