@@ -63,7 +63,8 @@ def test_a_thousand_updates_compile_nothing_and_hold_no_more(small, mesh, random
     )  # fmt: skip
     times = [at for _, at in begun]
     assert len(times) == UPDATES == len(metrics.read(epath.Path(tmp_path) / "metrics"))
-    late = [at for at in compiled if at > times[410]]  # the sums of the first checkpoint, at 400, are compiled for it
+    # The sums of the first checkpoint, at 400, are compiled for it, and behind the last update a look for signals.
+    late = [at for at in compiled if times[410] < at < times[-1]]
     assert len(compiled) > 4 and not late, len(late)
     assert max(held[SETTLED:]) - held[SETTLED] < 0.05 * held[SETTLED], (held[SETTLED], max(held[SETTLED:]))
     each = np.diff(times)
