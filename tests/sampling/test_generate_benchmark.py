@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -67,13 +68,13 @@ def test_the_sampling_half_is_left_out_without_its_file(capsys):
 
 
 def test_a_rival_that_is_not_installed_is_one_line(monkeypatch, capsys, small):
-    monkeypatch.setattr(generate.importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else name)
     asked = options(only=["candidates"], rivals=["hf_bf16", "llamacpp_f32"])
     assert generate.there(asked, small) == ["ours_fp32", "ours_bf16", "hf_bf16"]
     assert capsys.readouterr().out.splitlines() == [
         "llamacpp_f32 is left out: llama_cpp is not installed (the extra 'bench' has it)"
     ]
-    monkeypatch.setattr(generate.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     asked = options(only=["judging"], rivals=["hf_bf16", "llamacpp_f32"])
     assert generate.there(asked, small) == ["ours_bf16", "hf_bf16"]  # nothing is asked of llama.cpp there
 
