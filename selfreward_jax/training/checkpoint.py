@@ -70,8 +70,7 @@ def save(checkpoints: Checkpoints, step: int, state: Any, best: int = 0) -> None
     """
     with _writing(checkpoints.directory):
         checkpoints.writer.wait_until_finished()
-        old = _whole(checkpoints.directory)[: -checkpoints.keep]
-        _drop(checkpoints.directory, [step for step in old if step != best])
+        _prune(checkpoints.directory, checkpoints.keep, best)
         checkpoints.writer.save(checkpoints.directory / str(step), _sealed(state), force=True)
 
 
@@ -89,6 +88,11 @@ def close(checkpoints: Checkpoints) -> None:
     """
     with _writing(checkpoints.directory):
         checkpoints.writer.close()
+
+
+def shapes_of(tree: Any) -> Any:
+    """What `restore` needs to know of a tree of arrays, without the arrays."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)
 
 
 def restore(checkpoints: Checkpoints, like: Any, best: int = 0) -> tuple[int, Any] | None:
@@ -127,9 +131,11 @@ def _whole(directory: epath.Path) -> list[int]:
 
 
 @processes.for_all
-def _drop(directory: epath.Path, steps: list[int]) -> None:
-    for step in steps:
-        workdir.remove(directory / str(step))
+def _prune(directory: epath.Path, keep: int, best: int) -> None:
+    """Leaves the newest `keep`, and the step `best`."""
+    for step in _whole(directory)[:-keep]:
+        if step != best:
+            workdir.remove(directory / str(step))
 
 
 def save_params(directory: epath.Path, params: Any) -> None:
@@ -173,7 +179,7 @@ def _read(directory: epath.Path, like: Any) -> tuple[Any, str]:
     Raises:
         UserError: if the disk or the store does not let it be read.
     """
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
+    shapes = shapes_of(like)
     leaves = jax.tree.leaves(shapes)
     wanted = {"arrays": shapes, "sums": np.zeros((len(leaves),), np.uint32)}
     problem, found = "", {}

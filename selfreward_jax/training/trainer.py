@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import time
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from etils import epath
 
-from selfreward_jax import processes, signals, stores, workdir
+from selfreward_jax import processes, signals
 from selfreward_jax.data import batches, packing
 from selfreward_jax.errors import UserError
 from selfreward_jax.model import llama
@@ -27,8 +24,9 @@ from selfreward_jax.observe import metrics as metric_files
 from selfreward_jax.observe.progress import progress, say
 from selfreward_jax.sharding import place
 from selfreward_jax.sharding.rules import check_alike
-from selfreward_jax.training import checkpoint, flops, optimizer, step
+from selfreward_jax.training import checkpoint, flops, optimizer, step, updates
 from selfreward_jax.training.logprobs import Batch
+from selfreward_jax.training.verdicts import OnCheckpoint, Verdicts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,25 +69,9 @@ class Plan:
     on_bad: str = "stop"
 
 
-_TOO_MANY = 10  # updates in a row that are left out: nothing is learnt any more
 _ROUNDING = 2**32 - 1  # no microbatch has this number: what is folded into an update's key for `apply_gradient`
 
 Item = Any  # anything with `rows`: batches.Row for SFT, PairRow for DPO
-
-
-class Verdict(NamedTuple):
-    """What is said of a checkpoint (early stopping).
-
-    Attributes:
-        better: it is the best so far: kept beside the newest, and what training returns when it is stopped.
-        stop: training ends here.
-    """
-
-    better: bool
-    stop: bool
-
-
-OnCheckpoint = Callable[[int, llama.Params], Verdict]
 
 
 def collate_rows(items: Sequence[Item], part: packing.Microbatch, plan: Plan, mesh: jax.sharding.Mesh) -> Batch:
@@ -159,52 +141,19 @@ def train(
     total = step.no_gradient(state.params)
     check_alike(state.params, (state.moments, total))
     write, close = metric_files.writer(directory / "metrics")
-    base = jax.random.key(plan.seed)
-    pending: _Pending | None = None
-    reported, left_out = time.monotonic(), 0
-    asked = 0  # the signal that any process had: known to all at the same update
     peak = flops.peak(jax.devices()[0].device_kind)
-    roof = peak * jax.device_count() if peak else None
-
-    def report() -> str:
-        """Fetches the update before this one: one late, so that the device never waits for the host."""
-        nonlocal pending, reported, left_out, asked
-        if pending is None:
-            return ""
-        at, counts, parts, norm, bad, chosen, told = pending
-        asked = asked or (int(step.largest(told)) if told is not None else 0)
-        row = _row(at, parts, float(norm))
-        now = time.monotonic()
-        seconds = max(now - reported, 1e-9)
-        row |= counts | {"tokens_per_s": counts["tokens"] / seconds, "tflops": counts["operations"] / seconds / 1e12}
-        if roof:
-            row["mfu"] = counts["operations"] / seconds / roof
-        del row["operations"]
-        pending, reported = None, now
-        if bad:
-            left_out += 1
-            where = _keep(directory / "left_out" / f"{at}.jsonl", chosen)
-            said = f"[{name}] update {at}: loss {row['loss']:.4g}, gradient norm {row['grad_norm']:.4g}"
-            if plan.on_bad == "stop" or left_out == _TOO_MANY:
-                raise UserError(
-                    f"{said}: not done{', as those before' if left_out > 1 else ''}; its examples are in {where}. Lower"
-                    " the lr, or leave such updates out by on_bad=skip"
-                )
-            say(f"{said}: left out; its examples are in {where}")
-        else:
-            left_out = 0
-        write({key: value for key, value in row.items() if np.isfinite(value)} | {"left_out": int(bad)})
-        return " ".join(
-            f"{key} {row[key]:.3g}" for key in ("loss", "accuracy", "margin", "tokens_per_s", "mfu") if key in row
-        )
+    seen = updates.Updates(
+        name, plan.on_bad, directory / "left_out", write, peak * jax.device_count() if peak else None
+    )
+    base = jax.random.key(plan.seed)
 
     def due(number: int) -> bool:
         return number < total_steps and number % plan.checkpoint_every == 0
 
-    verdicts = _Verdicts(directory / "verdicts.json")
+    verdicts = Verdicts(directory / "verdicts.json")
     stopped = False
     if first and on_checkpoint and due(first):
-        stopped = verdicts.of(first, partial(on_checkpoint, first, state.params)).stop
+        stopped = verdicts.of(first, state.params, on_checkpoint).stop
     note = ""
     with contextlib.ExitStack() as closing, progress(name, total_steps, "updates", done=first) as advance:
         closing.callback(close)
@@ -216,7 +165,7 @@ def train(
         def leave(number: int) -> NoReturn:
             assert checkpoints
             checkpoint.save(checkpoints, number, state, verdicts.best())
-            own.number = own.number or asked  # another process' signal is this one's too
+            own.number = own.number or seen.asked  # another process' signal is this one's too
             say(f"[{name}] saved after update {number} of {total_steps}")
             raise KeyboardInterrupt
 
@@ -235,39 +184,35 @@ def train(
                 measured.append(metrics)
             rounding = jax.random.fold_in(key, _ROUNDING)
             state, total, norm, bad = step.apply_gradient(plan.optimizer, state, total, rounding)
-            note = report() or note
+            note = seen.look() or note
             if checkpoints:
                 checkpoint.check(checkpoints)
-            counts = {
-                "tokens": sum(len(row.tokens) for item in chosen for row in item.rows),
-                "wasted": packing.wasted(parts, plan.shape),
-                "operations": flops.step_operations(
-                    config,
-                    sum(part.tokens for part in parts),
-                    sum(part.seen for part in parts),
-                    sum(len(row.tokens) - row.start for item in chosen for row in item.rows),
-                ),
-            }
             told = place.from_each(own.number, mesh) if processes.count() > 1 else None
-            pending = _Pending(number, counts, measured, norm, bad, chosen, told)
-            ending = asked if processes.count() > 1 else own.number
+            sequences = [row for item in chosen for row in item.rows]
+            operations = flops.step_operations(
+                config, sum(part.tokens for part in parts), sum(part.seen for part in parts),
+                sum(len(row.tokens) - row.start for row in sequences),
+            )  # fmt: skip
+            tokens, wasted = sum(len(row.tokens) for row in sequences), packing.wasted(parts, plan.shape)
+            seen.begin(updates.Update(number, tokens, wasted, operations, measured, norm, bad, chosen, told))
+            ending = seen.asked if processes.count() > 1 else own.number
             if checkpoints and (ending or due(number + 1)):
-                note = report() or note  # what is left out by a stop is never saved
+                note = seen.look() or note  # what is left out by a stop is never saved
                 if ending:
                     leave(number + 1)
                 checkpoint.save(checkpoints, number + 1, state, verdicts.best())
                 if on_checkpoint:
-                    stopped = verdicts.of(number + 1, partial(on_checkpoint, number + 1, state.params)).stop
+                    stopped = verdicts.of(number + 1, state.params, on_checkpoint).stop
             advance(1, note)
             if stopped:
                 break
-        report()
+        seen.look()
         if checkpoints and not stopped:  # a signal in the last update
-            asked = int(step.largest(place.from_each(own.number, mesh)))
-            if asked:
+            seen.asked = int(step.largest(place.from_each(own.number, mesh)))
+            if seen.asked:
                 leave(total_steps)
     if stopped and checkpoints and (best := verdicts.best()):
-        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+        like = checkpoint.shapes_of(state)
         del state, total  # no room for two
         at, state = checkpoint.restore(checkpoints, like, best) or (0, None)
         if state is None:
@@ -276,64 +221,4 @@ def train(
             )
         say(f"[{name}] stopped early: the best parameters are those after update {at}")
     rows = metric_files.read(directory / "metrics")
-    last = rows[-max(1, batches.updates(len(items), 1, plan.batch)) :]
-    summary = {"updates": float(len(rows)), "left_out": float(sum(row["left_out"] for row in rows))}
-    for key in ("loss", "accuracy", "margin", "grad_norm"):
-        if some := [row[key] for row in last if key in row]:
-            summary[key] = sum(some) / len(some)
-    return state.params, summary
-
-
-class _Pending(NamedTuple):
-    """An update that is under way: what is asked of it once the next one is."""
-
-    at: int
-    counts: dict[str, float]
-    parts: list[step.Metrics]
-    norm: jax.Array
-    bad: jax.Array
-    chosen: Sequence[Item]
-    told: jax.Array | None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Verdicts:
-    """Answers of `on_checkpoint` by update in a file, so that a run that goes on repeats them and asks none twice."""
-
-    path: epath.Path
-
-    def of(self, number: int, ask: Callable[[], Verdict]) -> Verdict:
-        known = self._known()
-        if str(number) not in known:
-            known[str(number)] = ask()._asdict()
-            workdir.write_text(self.path, json.dumps(known) + "\n")
-        return Verdict(**known[str(number)])
-
-    def best(self) -> int:
-        """The update of the best checkpoint; 0 if none was called so."""
-        return max((int(number) for number, verdict in self._known().items() if verdict["better"]), default=0)
-
-    def _known(self) -> dict[str, dict[str, bool]]:
-        read = lambda: json.loads(stores.read_whole(self.path)) if stores.exists(self.path) else {}  # noqa: E731
-        return processes.together(read)  # or one would ask, which all do together, and another find the answer
-
-
-def _keep(path: epath.Path, items: Sequence[Item]) -> epath.Path:
-    """Writes the examples of an update for a look: a line a sequence."""
-    lines = [
-        json.dumps({"item": index, "start": row.start, "weight": row.weight, "tokens": row.tokens})
-        for index, item in enumerate(items)
-        for row in item.rows
-    ]
-    workdir.write_text(path, "\n".join(lines) + "\n")
-    return path
-
-
-def _row(at: int, parts: list[step.Metrics], norm: float) -> dict[str, float]:
-    sums: dict[str, tuple[float, float]] = {}
-    for part in jax.device_get(parts):
-        for key, (value, weight) in part.items():
-            before = sums.get(key, (0.0, 0.0))
-            sums[key] = (before[0] + float(value), before[1] + float(weight))
-    row = {key: value / weight for key, (value, weight) in sums.items()}
-    return {"step": at, **row, "grad_norm": norm}
+    return state.params, updates.summary(rows, max(1, batches.updates(len(items), 1, plan.batch)))

@@ -20,10 +20,11 @@ from selfreward_jax.data.batches import Row
 from selfreward_jax.errors import UserError
 from selfreward_jax.model import llama
 from selfreward_jax.observe import metrics
-from selfreward_jax.training import checkpoint, optimizer, step, trainer
+from selfreward_jax.training import checkpoint, optimizer, step, trainer, updates
 from selfreward_jax.training.logprobs import of_sequences
 from selfreward_jax.training.optimizer import Optimizer
-from selfreward_jax.training.trainer import Plan, Verdict, collate_pairs, collate_rows
+from selfreward_jax.training.trainer import Plan, collate_pairs, collate_rows
+from selfreward_jax.training.verdicts import Verdict
 
 COMPUTE = llama.Compute()
 # 9 examples twice in batches of 4: five updates, the last of 2. Rows hold one or two examples: two or three an update.
@@ -151,13 +152,13 @@ def test_a_signal_while_the_last_update_is_waited_for_saves_it(run, tmp_path, mo
     whole, summary = run("whole")
     rows = itertools.count(1)
 
-    def late(at, *args):
+    def late(parts):
         if next(rows) == 5:  # the fifth update's figures are fetched behind the loop
             signal.raise_signal(signal.SIGTERM)
-        return row_of(at, *args)
+        return means(parts)
 
-    row_of = trainer._row
-    monkeypatch.setattr(trainer, "_row", late)
+    means = updates.means
+    monkeypatch.setattr(updates, "means", late)
     with signals.signals(), pytest.raises(KeyboardInterrupt):
         run("late")
     assert (tmp_path / "late" / "checkpoints" / "5").exists()
