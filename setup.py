@@ -47,7 +47,7 @@ setup(
     ],
     extras_require={
         # torch is the independent reference of the numeric tests (through transformers); pinned, for a CPU build.
-        "test": ["pytest>=8", "pytest-cov", "hypothesis", "ruff", "pyright[nodejs]", "torch==2.13.0"],
+        "test": ["pytest>=8", "pytest-cov", "pytest-xdist", "hypothesis", "ruff", "pyright[nodejs]", "torch==2.13.0"],
         "gpu": ["jax[cuda13]>=0.10,<0.12"],
         "gcs": ["gcsfs"],  # gs:// folders; s3:// needs s3fs
         "k8s": ["kubernetes"],  # with it the processes of a Kubernetes job find each other
