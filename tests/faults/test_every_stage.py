@@ -1,12 +1,13 @@
-"""SIGKILL at any line of the log, then start again: the same bytes as a run that was left alone.
+"""A fault in every stage, then a start that is left alone: the same bytes as a run that nothing happened to.
 
-Every kill is known to have hit before its stage ended. Real processes, real files, the `tiny` preset: up to M2, whose
-stages are M3's too; the hundred kills go up to M3. In four of M2's sixteen stages something else happens (test_faults.py).
+Every fault is known to have hit before its stage ended. Real processes, real files, the `tiny` preset: up to M2, whose
+stages are M3's too; the hundreds go up to M3.
 """
 
 import random
 import signal
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,28 +27,50 @@ from tiny_runs import (
 OTHERS = {"sft/train": "SIGTERM", "m1/train": "flipped bit", "m2/responses": "two at once", "m2/judgments": "clock"}
 
 
-def faults(whole: Whole, seed: int, into: Path, others: Mapping[str, str]) -> int:
-    """One run that is killed in each of the stages, or meets another fault, then left to end; compares its bytes.
+def faults(whole: Whole, draw: random.Random, into: Path, fault_of: Callable[[str], str]) -> tuple[Counter[str], Counter[str]]:
+    """One run that meets a fault in each of its stages, then is left to end; compares its bytes.
 
     Returns:
-        the faults that hit.
+        how many faults of each kind were tried, and how many of them hit.
     """
-    draw = random.Random(seed)
-    hits = 0
+    tried, hit = Counter[str](), Counter[str]()
     for stage in all_stages(whole.model):
-        fault = FAULTS[others.get(stage, "SIGKILL")]
-        hits += fault(whole, stage, draw.randrange(max(1, lines_of(whole, stage))), into)
+        fault = fault_of(stage)
+        tried[fault] += 1
+        hit[fault] += FAULTS[fault](whole, stage, draw.randrange(max(1, lines_of(whole, stage))), into)
     last = finished(whole, into)
     assert last.returncode == 0, last.stderr[-2000:]
     assert artifacts(into) == artifacts(whole.workdir)
-    return hits
+    return tried, hit
+
+
+def a_hundred(seed: int, fault_of: Callable[[random.Random, str], str], into: Path) -> None:
+    """As many runs up to M3 as have a hundred stages, and one more: some faults come when their stage has ended."""
+    whole, draw = undisturbed("m3", into), random.Random(seed)
+    rounds = -(-100 // len(all_stages("m3"))) + 1
+    tried, hit = Counter[str](), Counter[str]()
+    for number in range(rounds):
+        some, reached = faults(whole, draw, into / f"run-{number}", lambda stage: fault_of(draw, stage))
+        tried, hit = tried + some, hit + reached
+        print(f"run {number}: {dict(hit)} of {dict(tried)} hit inside their stage; the same bytes", flush=True)
+    print(f"{hit.total()} of {tried.total()} faults hit, {rounds} of {rounds} runs recovered, 0 bytes differ")
+    assert hit.total() >= 100
 
 
 @pytest.mark.slow
 def test_faults_in_every_stage_give_the_same_bytes(m2: Whole, tmp_path: Path) -> None:
-    stages = all_stages("m2")
-    hits = faults(m2, 1, tmp_path / "killed", OTHERS)
-    assert hits == len(stages), f"{hits} of {len(stages)} faults hit inside their stage"
+    tried, hit = faults(m2, random.Random(1), tmp_path / "faults", lambda stage: OTHERS.get(stage, "SIGKILL"))
+    assert hit == tried
+
+
+@pytest.mark.full
+def test_a_hundred_kills(tmp_path: Path) -> None:
+    a_hundred(100, lambda draw, stage: "SIGKILL", tmp_path)
+
+
+@pytest.mark.full
+def test_a_hundred_faults(tmp_path: Path) -> None:
+    a_hundred(7, lambda draw, stage: draw.choice(sorted(FAULTS)), tmp_path)
 
 
 @pytest.mark.slow
@@ -74,17 +97,3 @@ def test_a_finished_part_is_kept_and_a_cut_one_is_redone(m2: Whole, tmp_path: Pa
     assert len(whole) == 2
     for path in whole:
         assert path.read_bytes() == (into / path.relative_to(m2.workdir)).read_bytes()
-
-
-@pytest.mark.full
-def test_a_hundred_kills(tmp_path: Path) -> None:
-    whole = undisturbed("m3", tmp_path)
-    stages = all_stages("m3")
-    rounds = -(-100 // len(stages))
-    total = 0
-    for seed in range(rounds):
-        hits = faults(whole, 100 + seed, tmp_path / f"run-{seed}", {})
-        total += hits
-        print(f"round {seed}: {hits} of {len(stages)} kills hit inside their stage", flush=True)
-    print(f"{total} of {rounds * len(stages)} kills hit")
-    assert total >= 100
