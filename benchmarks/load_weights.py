@@ -229,6 +229,8 @@ def main() -> int:
     parser.add_argument("--out", default="", help="a file for the last line too")
     parser.add_argument("--measure", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if not pinned.memory("VmHWM"):
+        parser.error("this system does not say how much memory a process has held (VmHWM of /proc): use Linux")
     if arguments.measure:
         root = Path(arguments.measure)
         source, target = str(root / "source"), str(root / "saved")

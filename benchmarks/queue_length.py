@@ -30,12 +30,6 @@ from selfreward_jax.sampling.tokens import Sampling
 from selfreward_jax.weights.source import open_source
 
 
-def held_mb() -> float:
-    """Memory that the process holds now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / 1e6
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Measures, prints a line a size and the JSON."""
     sizes = [int(word) for word in arguments.sizes.split(",") if word.isdecimal() and int(word)]
@@ -72,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
         for number in range(arguments.rounds):
             for size in sizes if number % 2 == 0 else sizes[::-1]:
                 rates[size].append(sample(size))
-                memory[size].append(held_mb())
+                memory[size].append(pinned.memory("VmRSS") / 1e6)
                 advance(1, f"{size} requests: {rates[size][-1]:.1f} tokens/s")
     medians = {size: statistics.median(rates[size]) for size in sizes}
     figures = {
