@@ -14,12 +14,14 @@ are compared.
     linear               ours alone: 2, 4 and 8 such pairs an update, the most seconds a token over the fewest
 
 The first four are the rival's seconds over ours of the same precision. Rivals that are not installed are left out.
+GLIBC_TUNABLES is glibc.malloc.hugetlb=1 for all sides, as launch/local.sh sets it, unless it is set.
 
     python -m benchmarks.train --out benchmarks/results/train.json
 """
 
 import argparse
 import dataclasses
+import os
 import platform
 import statistics
 import sys
@@ -44,8 +46,12 @@ SIDES = {
     "trl_fp32": ("trl", "float32", "trl"), "trl_bf16": ("trl", "bfloat16", "trl"),
     "torch_fp32": ("torch", "float32", "torch"), "torch_bf16": ("torch", "bfloat16", "torch"),
 }  # fmt: skip
-# workload: whose side is compared; TRL's trainer is made anew where it computes the reference itself
-RIVALS = {"dpo": "trl", "dpo_real": "trl", "dpo_live": "trl", "sft_judge": "torch", "linear": ""}
+PRECISIONS = ("fp32", "bf16")
+# workload: whose side is compared ("": nobody's), and in which precisions. `dpo` is first, as its memory counts.
+WORKLOADS = {
+    "dpo": ("trl", PRECISIONS), "dpo_real": ("trl", PRECISIONS), "sft_judge": ("torch", PRECISIONS),
+    "dpo_live": ("trl", ("fp32",)), "linear": ("", ("fp32",)),
+}  # fmt: skip
 PROMPT, RESPONSE, PAIRS = 64, 192, 4
 GROWING = (2, 4, 8)  # pairs of `linear`
 JUDGED, TARGETS = 8, 60
@@ -106,9 +112,12 @@ class Bench:
     sides: dict[str, pinned.Side]
     about: dict[str, Any]
 
-    def taking(self, name: str) -> list[pinned.Side]:
+    def taking(self, name: str, precision: str) -> list[pinned.Side]:
         """The sides of a workload, started if need be; others are stopped."""
-        needed = [side for side in self.arguments.sides if SIDES[side][0] in ("ours", RIVALS[name])]
+        needed = [
+            side for side in self.arguments.sides
+            if SIDES[side][0] in ("ours", WORKLOADS[name][0]) and side.endswith(precision)
+        ]  # fmt: skip
         for other in [side for side in self.sides if side not in needed]:
             pinned.stop(self.sides.pop(other))
         for side in needed:
@@ -125,38 +134,52 @@ def measure(bench: Bench, chat: Chat) -> dict[str, Any]:
     """All figures: the keys first, then what they come from."""
     keys: dict[str, float] = {}
     found: dict[str, dict[str, Any]] = {}
-    arguments = bench.arguments
-    for name in arguments.only:
-        taking = bench.taking(name)
-        if name == "linear":
-            rates = []
-            for count in GROWING:
-                sequences = fixed_pairs(chat, count)
-                order = {"task": "dpo", "sequences": sequences}
-                one = workload(f"{name}_{count}", taking[:1], Work(order, tokens_of(sequences)), arguments.rounds)
-                found[f"{name}_{count}"] = one
-                rates.append(one[taking[0].name]["tokens_per_second"])
-            keys[name] = round(max(rates) / min(rates), 3)
-            continue
-        sequences = {"dpo": fixed_pairs, "dpo_live": fixed_pairs, "sft_judge": judge_examples}.get(
-            name, lambda chat: real_pairs(chat, arguments.real)
-        )(chat)
-        order: dict[str, Any] = {"task": {"sft_judge": "sft", "dpo_live": "dpo_live"}.get(name, "dpo"), "sequences": sequences}
-        if order["task"] == "dpo":
-            first = next(side for side in taking if SIDES[side.name][0] == "ours")
-            logps = pinned.ask(first, task="logps", sequences=sequences)["logps"]
-            # Not the policy's own, so that losses say something: margins of 0.1 x 6 and 0.1 x -6 in turn.
-            order["reference"] = [one + (3 if place % 4 in (0, 3) else -3) for place, one in enumerate(logps)]
-        found[name] = one = workload(name, taking, Work(order, tokens_of(sequences)), arguments.rounds)
-        for side in taking:
-            kind, precision = side.name.split("_")
-            ours = one.get(f"ours_{precision}")
-            if kind == "ours" or not ours:
+    for precision in PRECISIONS:  # one after the other: all sides together would need 30 GB
+        for name in bench.arguments.only:
+            if precision not in WORKLOADS[name][1]:
                 continue
-            keys[f"{name}_vs_{side.name}"] = round(one[side.name]["seconds"] / ours["seconds"], 3)
-            if name == "dpo":
-                keys[f"memory_vs_{side.name}"] = round(ours["peak_mb"] / one[side.name]["peak_mb"], 3)
+            taking = {side.name: side for side in bench.taking(name, precision)}
+            ours = taking.get(f"ours_{precision}")
+            if not ours:
+                continue
+            if name == "linear":
+                keys[name] = linear(ours, chat, bench.arguments.rounds, found)
+                continue
+            work = work_of(name, ours, chat, bench.arguments.real)
+            one = workload(name, list(taking.values()), work, bench.arguments.rounds)
+            found.setdefault(name, {}).update(one)
+            for rival in taking.keys() - {ours.name}:
+                keys[f"{name}_vs_{rival}"] = round(one[rival]["seconds"] / one[ours.name]["seconds"], 3)
+                if name == "dpo":
+                    keys[f"memory_vs_{rival}"] = round(one[ours.name]["peak_mb"] / one[rival]["peak_mb"], 3)
     return keys | {"workloads": found}
+
+
+def work_of(name: str, ours: pinned.Side, chat: Chat, real: int) -> Work:
+    """The update of a workload with rivals; where the reference is given, our side computes it."""
+    if name == "sft_judge":
+        sequences, task = judge_examples(chat), "sft"
+    elif name == "dpo_real":
+        sequences, task = real_pairs(chat, real), "dpo"
+    else:
+        sequences, task = fixed_pairs(chat), name
+    order: dict[str, Any] = {"task": task, "sequences": sequences}
+    if task == "dpo":
+        logps = pinned.ask(ours, task="logps", sequences=sequences)["logps"]
+        # Not the policy's own, so that losses say something: margins of 0.1 x 6 and 0.1 x -6 in turn.
+        order["reference"] = [one + (3 if place % 4 in (0, 3) else -3) for place, one in enumerate(logps)]
+    return Work(order, tokens_of(sequences))
+
+
+def linear(ours: pinned.Side, chat: Chat, count: int, found: dict[str, dict[str, Any]]) -> float:
+    """The most over the fewest tokens a second of growing updates; adds what it comes from to `found`."""
+    rates = []
+    for pairs in GROWING:
+        sequences = fixed_pairs(chat, pairs)
+        name = f"linear_{pairs}"
+        found[name] = workload(name, [ours], Work({"task": "dpo", "sequences": sequences}, tokens_of(sequences)), count)
+        rates.append(found[name][ours.name]["tokens_per_second"])
+    return round(max(rates) / min(rates), 3)
 
 
 def workload(name: str, sides: list[pinned.Side], work: Work, count: int) -> dict[str, Any]:
@@ -175,6 +198,8 @@ def workload(name: str, sides: list[pinned.Side], work: Work, count: int) -> dic
 
     def once(side: pinned.Side) -> list[rounds.Run]:
         reply = pinned.ask(side, **work.order)
+        if reply.get("compiled"):
+            raise UserError(f"[{name}] {side.name}: {reply['compiled']} programs were compiled in a timed update: a bug here")
         replies[side.name].append(reply)
         return [rounds.Run(reply["seconds"], work.tokens, 1, 0, reply["core_share"], reply["threads"])]
 
@@ -202,11 +227,12 @@ def workload(name: str, sides: list[pinned.Side], work: Work, count: int) -> dic
 
 def run(arguments: argparse.Namespace) -> None:
     """The whole benchmark."""
-    wrong = problems(arguments, ("rounds", "real"), {"only": tuple(RIVALS), "sides": tuple(SIDES)})
+    wrong = problems(arguments, ("rounds", "real"), {"only": tuple(WORKLOADS), "sides": tuple(SIDES)})
     if not any(name.startswith("ours") for name in arguments.sides) or not arguments.only:
         wrong.append("--sides, --only: nothing of ours is left to measure")
     if wrong:
         raise UserError(*wrong)
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     about: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="train_", dir=arguments.dir) as scratch:
         folder = Path(scratch)
@@ -220,7 +246,8 @@ def run(arguments: argparse.Namespace) -> None:
             for side in bench.sides.values():
                 pinned.stop(side)
     figures |= {
-        "settings": {name: getattr(arguments, name) for name in ("model", "rounds", "real", "core")},
+        "settings": {name: getattr(arguments, name) for name in ("model", "rounds", "real", "core")}
+        | {"GLIBC_TUNABLES": os.environ["GLIBC_TUNABLES"]},
         "sides": about, "cpu": pinned.cpu_name(),
         "python": platform.python_version(),
     }  # fmt: skip
@@ -231,7 +258,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--model", default="demo", help="as convert's --source (default %(default)s: SmolLM2-135M-Instruct)")
-    option("--only", default=",".join(RIVALS), help="workloads (default %(default)s)")
+    option("--only", default=",".join(WORKLOADS), help="workloads (default %(default)s)")
     option("--sides", default=",".join(SIDES), help="who takes part (default %(default)s)")
     option("--rounds", type=int, default=3, help="timed updates of each side (default %(default)s)")
     option("--real", type=int, default=8, help="pairs of dpo_real (default %(default)s)")

@@ -9,7 +9,7 @@ Every order is one update of all parameters by AdamW, on sequences [ids, start] 
     {task: "dpo_live", sequences}                  the reference is computed too, by the model as it was loaded
     {task: "logps", sequences}                     ours only: log-probs of the sequences, for `reference`; no update
 
-A reply has the update's `loss`. DTYPE is float32 or bfloat16: what is computed in; parameters and moments are float32
+A reply has the update's `loss`, and ours how many programs it `compiled`. DTYPE is float32 or bfloat16: what is computed in; parameters and moments are float32
 on all sides (TRL and torch: autocast).
 """
 
@@ -24,6 +24,7 @@ from benchmarks import pinned
 
 BETA, LR = 0.1, 1e-6
 REMAT, CHUNK, ROW, PAD = "dots", 256, 2048, 64  # as the demo preset trains, in rows as long as they may be
+COMPILED = "/jax/core/compile/backend_compile_duration"
 Order = dict[str, Any]
 
 
@@ -50,6 +51,12 @@ def open_ours(folder: str, dtype: str) -> tuple[dict[str, Any], pinned.Do]:
     spec = optimizer.Optimizer(LR, LR, 1000)
     held: dict[str, Any] = {"state": step.State(params, *step.first_state(spec, params))}
     held["total"] = step.no_gradient(params)
+    # Made once: jit tells functions of an argument apart by identity, and would compile anew for each.
+    objectives: dict[str, step.Objective] = {"sft": step.sft_objective, "dpo": partial(step.dpo_objective, beta=BETA)}
+    objectives["dpo_live"] = objectives["dpo"]
+    compiled: list[float] = []
+    listen = lambda event, seconds, **_: compiled.append(seconds) if event == COMPILED else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listen)
 
     def update(order: Order) -> dict[str, Any]:
         rows = [Row(tuple(ids), start) for ids, start in order["sequences"]]
@@ -66,7 +73,7 @@ def open_ours(folder: str, dtype: str) -> tuple[dict[str, Any], pinned.Do]:
         parts = packing.microbatches(groups, shape)
         if order["task"] == "logps":
             return {"logps": _logps(items, parts, plan)}
-        objective = step.sft_objective if order["task"] == "sft" else partial(step.dpo_objective, beta=BETA)
+        compiled.clear()
         collate: Any = trainer.collate_rows if order["task"] == "sft" else trainer.collate_pairs
         if order["task"] == "dpo_live" and "frozen" not in held:
             held["frozen"] = jax.tree.map(jnp.copy, held["state"].params)
@@ -77,7 +84,7 @@ def open_ours(folder: str, dtype: str) -> tuple[dict[str, Any], pinned.Do]:
                 live = step.sequence_pass(config, compute, CHUNK, held["frozen"], batch)
                 batch = batch._replace(reference=live)
             held["total"], metrics = step.add_gradient(
-                config, compute, objective, CHUNK, 0.0, held["state"].params, held["total"], batch, jax.random.key(0)
+                config, compute, objectives[order["task"]], CHUNK, 0.0, held["state"].params, held["total"], batch, jax.random.key(0)
             )
             measured.append(metrics["loss"])
         held["state"], held["total"], norm, _ = step.apply_gradient(
@@ -86,7 +93,7 @@ def open_ours(folder: str, dtype: str) -> tuple[dict[str, Any], pinned.Do]:
         norm.block_until_ready()
         total, weight = (sum(float(one[place]) for one in measured) for place in (0, 1))
         return {"loss": total / weight, "positions": sum(part.time for part in parts),
-                "wasted": packing.wasted(parts, shape)}  # fmt: skip
+                "wasted": packing.wasted(parts, shape), "compiled": len(compiled)}  # fmt: skip
 
     def _logps(items: Sequence[Any], parts: Sequence[packing.Microbatch], plan: trainer.Plan) -> list[float]:
         found = [0.0] * (2 * len(items))
