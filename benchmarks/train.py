@@ -20,12 +20,14 @@ GLIBC_TUNABLES is glibc.malloc.hugetlb=1 for all sides, as launch/local.sh sets 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import platform
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ SIDES = {
     "torch_fp32": ("torch", "float32", "torch"), "torch_bf16": ("torch", "bfloat16", "torch"),
 }  # fmt: skip
 PRECISIONS = ("fp32", "bf16")
-# workload: whose side is compared ("": nobody's), and in which precisions. `dpo` is first, as its memory counts.
+# workload: whose side is compared ("": nobody's), and in which precisions
 WORKLOADS = {
     "dpo": ("trl", PRECISIONS), "dpo_real": ("trl", PRECISIONS), "sft_judge": ("torch", PRECISIONS),
     "dpo_live": ("trl", ("fp32",)), "linear": ("", ("fp32",)),
@@ -103,55 +105,46 @@ def tokens_of(sequences: Sequences) -> int:
     return sum(len(ids) for ids, _ in sequences)
 
 
-@dataclasses.dataclass(frozen=True)
-class Bench:
-    """The sides that run, and how others are started: each holds gigabytes, so only those that a workload needs do."""
-
-    arguments: argparse.Namespace
-    folder: Path
-    sides: dict[str, pinned.Side]
-    about: dict[str, Any]
-
-    def taking(self, name: str, precision: str) -> list[pinned.Side]:
-        """The sides of a workload, started if need be; others are stopped."""
-        needed = [
-            side for side in self.arguments.sides
-            if SIDES[side][0] in ("ours", WORKLOADS[name][0]) and side.endswith(precision)
-        ]  # fmt: skip
-        for other in [side for side in self.sides if side not in needed]:
-            pinned.stop(self.sides.pop(other))
-        for side in needed:
+@contextlib.contextmanager
+def taking(
+    name: str, precision: str, arguments: argparse.Namespace, folder: Path, about: dict[str, Any]
+) -> Iterator[list[pinned.Side]]:
+    """The sides of a workload, each with the weights as they were at the start; what they say of themselves is added to `about`."""
+    sides: list[pinned.Side] = []
+    try:
+        for side in arguments.sides:
             kind, dtype, package = SIDES[side]
-            if side not in self.sides and pinned.installed(side, package):
-                order = [kind, str(self.folder / "model"), dtype]
-                started = pinned.start(side, "benchmarks.train_sides", order, self.arguments.core, self.folder)
-                self.sides[side], self.about[side] = started, started.about
-                say(f"{side}: ready after {started.about['load_seconds']} s")
-        return list(self.sides.values())
+            if kind in ("ours", WORKLOADS[name][0]) and side.endswith(precision) and pinned.installed(side, package):
+                order = [kind, str(folder / "model"), dtype]
+                sides.append(pinned.start(side, "benchmarks.train_sides", order, arguments.core, folder))
+                about[side] = sides[-1].about
+                say(f"[{name}] {side}: ready after {about[side]['load_seconds']} s")
+        yield sides
+    finally:
+        for side in sides:
+            pinned.stop(side)
 
 
-def measure(bench: Bench, chat: Chat) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, folder: Path, chat: Chat, about: dict[str, Any]) -> dict[str, Any]:
     """All figures: the keys first, then what they come from."""
     keys: dict[str, float] = {}
     found: dict[str, dict[str, Any]] = {}
     for precision in PRECISIONS:  # one after the other: all sides together would need 30 GB
-        for name in bench.arguments.only:
-            if precision not in WORKLOADS[name][1]:
+        for name in arguments.only:
+            ours = f"ours_{precision}"
+            if precision not in WORKLOADS[name][1] or ours not in arguments.sides:
                 continue
-            taking = {side.name: side for side in bench.taking(name, precision)}
-            ours = taking.get(f"ours_{precision}")
-            if not ours:
-                continue
-            if name == "linear":
-                keys[name] = linear(ours, chat, bench.arguments.rounds, found)
-                continue
-            work = work_of(name, ours, chat, bench.arguments.real)
-            one = workload(name, list(taking.values()), work, bench.arguments.rounds)
+            with taking(name, precision, arguments, folder, about) as sides:
+                first = next(side for side in sides if side.name == ours)
+                if name == "linear":
+                    keys[name] = linear(first, chat, arguments.rounds, found)
+                    continue
+                one = workload(name, sides, work_of(name, first, chat, arguments.real), arguments.rounds)
             found.setdefault(name, {}).update(one)
-            for rival in taking.keys() - {ours.name}:
-                keys[f"{name}_vs_{rival}"] = round(one[rival]["seconds"] / one[ours.name]["seconds"], 3)
+            for rival in one.keys() - {ours}:
+                keys[f"{name}_vs_{rival}"] = round(one[rival]["seconds"] / one[ours]["seconds"], 3)
                 if name == "dpo":
-                    keys[f"memory_vs_{rival}"] = round(one[ours.name]["peak_mb"] / one[rival]["peak_mb"], 3)
+                    keys[f"memory_vs_{rival}"] = round(one[ours]["peak_mb"] / one[rival]["peak_mb"], 3)
     return keys | {"workloads": found}
 
 
@@ -239,12 +232,7 @@ def run(arguments: argparse.Namespace) -> None:
         say(convert(arguments.model, str(folder / "model"), "float32"))
         source = open_source(str(folder / "model"))
         chat = load_chat(source.tokenizer, "own", source.eos_ids)
-        bench = Bench(arguments, folder, {}, about)
-        try:
-            figures = measure(bench, chat)
-        finally:
-            for side in bench.sides.values():
-                pinned.stop(side)
+        figures = measure(arguments, folder, chat, about)
     figures |= {
         "settings": {name: getattr(arguments, name) for name in ("model", "rounds", "real", "core")}
         | {"GLIBC_TUNABLES": os.environ["GLIBC_TUNABLES"]},
