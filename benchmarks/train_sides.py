@@ -36,6 +36,7 @@ def open_ours(folder: str, dtype: str) -> tuple[dict[str, Any], pinned.Do]:
     import jax
     import jax.numpy as jnp
 
+    from selfreward_jax import heap
     from selfreward_jax.data import packing
     from selfreward_jax.data.batches import Row
     from selfreward_jax.model import llama
@@ -91,6 +92,8 @@ def open_ours(folder: str, dtype: str) -> tuple[dict[str, Any], pinned.Do]:
             spec, held["state"], held["total"], jax.random.key(0)
         )
         norm.block_until_ready()
+        if compiled:
+            heap.trim()  # as the trainer does
         total, weight = (sum(float(one[place]) for one in measured) for place in (0, 1))
         return {"loss": total / weight, "positions": sum(part.time for part in parts),
                 "wasted": packing.wasted(parts, shape), "compiled": len(compiled)}  # fmt: skip

@@ -16,6 +16,7 @@ LAYERS = (
     (
         "errors", "contradictions", "config", "presets", "cli", "cluster", "rendezvous", "processes", "signals", "stores", "workdir", "lock",
         "observe", "data", "judging", "self_instruct", "made_by",
+        "heap",
     ),
     ("sharding",),
     ("model",),

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from selfreward_jax import processes, signals
+from selfreward_jax import heap, processes, signals
 from selfreward_jax.data import batches, packing
 from selfreward_jax.errors import UserError
 from selfreward_jax.model import llama
@@ -184,6 +184,8 @@ def train(
                 measured.append(metrics)
             rounding = jax.random.fold_in(key, _ROUNDING)
             state, total, norm, bad = step.apply_gradient(plan.optimizer, state, total, rounding)
+            if number == first:
+                heap.trim()  # what compiling left
             note = seen.look() or note
             if checkpoints:
                 checkpoint.check(checkpoints)
