@@ -66,14 +66,26 @@ def test_bfloat16_multiplies_bfloat16_both_ways(mesh):
     assert {factor.aval.dtype for one in dots for factor in one.invars} == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_dots_keep_products_and_full_keeps_none(small, mesh, random_params):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dots_keep_products_and_full_keeps_none(small, mesh, random_params, dtype):
     """What `Compute.remat` says: with "dots" no product of the forward pass is computed again."""
     params, tokens = random_params(small, mesh), jnp.ones((1, 8), jnp.int32)
 
     def products(remat):
-        compute = llama.Compute(remat=remat, products="float32")
+        compute = llama.Compute(dtype, remat=remat, products="float32")
         run = lambda p: llama.hidden_states(small, compute, p, tokens, jnp.arange(8)[None]).sum()  # noqa: E731
         text = jax.jit(jax.grad(run)).lower(params).compile().as_text()
         return sum("rematted_computation" in line and "mlp" in line and " dot(" in line for line in text.splitlines())
 
     assert products("dots") == 0 < products("full")
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [("float32", "float32"), ("bfloat16", "uint16")])
+def test_dots_keep_no_scores_and_bfloat16_as_integers(small, mesh, random_params, dtype, kept):
+    """T = 53 and the two query heads of a kv head: scores would be `[...,106,53]`."""
+    params, tokens = random_params(small, mesh), jnp.ones((1, 53), jnp.int32)
+    compute = llama.Compute(dtype, remat="dots", attention="mapped", products="float32")
+    run = lambda p: llama.hidden_states(small, compute, p, tokens, jnp.arange(53)[None]).sum()  # noqa: E731
+    leaves = jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(run, p)[1], params))
+    assert not [leaf.shape for leaf in leaves if leaf.shape[-2:] == (106, 53)]
+    assert [leaf.dtype for leaf in leaves if leaf.shape == (small.layers, 1, 53, small.ffn)] == [kept, kept]
