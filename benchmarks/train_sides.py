@@ -9,8 +9,8 @@ Every order is one update of all parameters by AdamW, on sequences [ids, start] 
     {task: "dpo_live", sequences}                  the reference is computed too, by the model as it was loaded
     {task: "logps", sequences}                     ours only: log-probs of the sequences, for `reference`; no update
 
-A reply has the update's `loss`, and ours how many programs it `compiled`. DTYPE is float32 or bfloat16: what is computed in; parameters and moments are float32
-on all sides (TRL and torch: autocast).
+A reply has the update's `loss`, and ours how many programs it `compiled`. DTYPE is float32 or bfloat16: what is
+computed in; parameters and moments are float32 on all sides (TRL and torch: autocast).
 """
 
 import importlib
