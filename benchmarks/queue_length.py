@@ -10,7 +10,6 @@ The last line is one JSON object.
 
 import argparse
 import dataclasses
-import resource
 import statistics
 import sys
 import time
@@ -74,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
         "spread": {size: [round(f(rates[size]), 1) for f in (min, max)] for size in sizes},
         "slowest_over_fastest": round(min(medians.values()) / max(medians.values()), 4),
         "held_mb": {size: round(statistics.median(memory[size]), 1) for size in sizes},
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1),
+        "peak_mb": round(pinned.memory("VmHWM") / 1e6, 1),
         "settings": {name: getattr(arguments, name) for name in ("model", "dtype", "rows", "part", "samples", "tokens", "rounds")},
         "cpu": pinned.cpu_name(), "jax": jax.__version__,
     }  # fmt: skip

@@ -137,7 +137,9 @@ def measure(arguments: argparse.Namespace, folder: Path, chat: Chat, about: dict
             with taking(name, precision, arguments, folder, about) as sides:
                 first = next(side for side in sides if side.name == ours)
                 if name == "linear":
-                    keys[name] = linear(first, chat, arguments.rounds, found)
+                    grown = linear(first, chat, arguments.rounds)
+                    rates = [one[ours]["tokens_per_second"] for one in grown.values()]
+                    keys[name], found = round(max(rates) / min(rates), 3), found | grown
                     continue
                 one = workload(name, sides, work_of(name, first, chat, arguments.real), arguments.rounds)
             found.setdefault(name, {}).update(one)
@@ -164,15 +166,13 @@ def work_of(name: str, ours: pinned.Side, chat: Chat, real: int) -> Work:
     return Work(order, tokens_of(sequences))
 
 
-def linear(ours: pinned.Side, chat: Chat, count: int, found: dict[str, dict[str, Any]]) -> float:
-    """The most over the fewest tokens a second of growing updates; adds what it comes from to `found`."""
-    rates = []
+def linear(ours: pinned.Side, chat: Chat, count: int) -> dict[str, Any]:
+    """Updates of ever more pairs, each a workload."""
+    grown = {}
     for pairs in GROWING:
-        sequences = fixed_pairs(chat, pairs)
-        name = f"linear_{pairs}"
-        found[name] = workload(name, [ours], Work({"task": "dpo", "sequences": sequences}, tokens_of(sequences)), count)
-        rates.append(found[name][ours.name]["tokens_per_second"])
-    return round(max(rates) / min(rates), 3)
+        sequences, name = fixed_pairs(chat, pairs), f"linear_{pairs}"
+        grown[name] = workload(name, [ours], Work({"task": "dpo", "sequences": sequences}, tokens_of(sequences)), count)
+    return grown
 
 
 def workload(name: str, sides: list[pinned.Side], work: Work, count: int) -> dict[str, Any]:
@@ -221,7 +221,8 @@ def workload(name: str, sides: list[pinned.Side], work: Work, count: int) -> dic
 def run(arguments: argparse.Namespace) -> None:
     """The whole benchmark."""
     wrong = problems(arguments, ("rounds", "real"), {"only": tuple(WORKLOADS), "sides": tuple(SIDES)})
-    if not any(name.startswith("ours") for name in arguments.sides) or not arguments.only:
+    taken = [p for name in arguments.only for p in WORKLOADS.get(name, ("", ()))[1] if f"ours_{p}" in arguments.sides]
+    if not taken:
         wrong.append("--sides, --only: nothing of ours is left to measure")
     if wrong:
         raise UserError(*wrong)

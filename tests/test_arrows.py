@@ -15,8 +15,7 @@ PACKAGE = Path(selfreward_jax.__file__).parent
 LAYERS = (
     (
         "errors", "contradictions", "config", "presets", "cli", "cluster", "rendezvous", "processes", "signals", "stores", "workdir", "lock",
-        "observe", "data", "judging", "self_instruct", "made_by",
-        "heap",
+        "observe", "data", "judging", "self_instruct", "made_by", "heap",
     ),
     ("sharding",),
     ("model",),

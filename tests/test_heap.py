@@ -2,16 +2,12 @@
 
 import platform
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from selfreward_jax import heap
-
-sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is no part of the installed package
-
 from benchmarks import pinned
+from selfreward_jax import heap
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or not pinned.memory("VmRSS"), reason="only glibc on Linux")

@@ -3,27 +3,20 @@
 import argparse
 import dataclasses
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from small_runs import figures_of
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT))  # benchmarks/ is no part of the installed package
-
-from benchmarks import generate, generate_measures, gguf_file, pinned, rounds  # noqa: E402
-from benchmarks.generate_work import Work  # noqa: E402
-from selfreward_jax.errors import UserError  # noqa: E402
-from selfreward_jax.model import llama  # noqa: E402
-from selfreward_jax.model.config import LlamaConfig, RopeScaling  # noqa: E402
-from selfreward_jax.weights import gguf_io, mapping, safetensors_io  # noqa: E402
+from benchmarks import generate, generate_measures, gguf_file, pinned, rounds
+from benchmarks.generate_work import Work
+from selfreward_jax.errors import UserError
+from selfreward_jax.model import llama
+from selfreward_jax.model.config import LlamaConfig, RopeScaling
+from selfreward_jax.weights import gguf_io, mapping, safetensors_io
 
 WORK = Work("candidates", ((1, 2, 3), (4, 5)), samples=2, tokens=3)
 
@@ -191,20 +184,13 @@ def test_models_that_are_not_written_as_gguf(tmp_path, small):
 
 @pytest.mark.slow
 def test_a_small_run(tmp_path):
-    out = tmp_path / "results" / "figures.json"
-    command = [sys.executable, "-m", "benchmarks.generate", "--model=random:tiny", "--only=candidates,judging"]
-    command += ["--rounds=1", "--prompts=2", "--tokens=4", "--judged=2", "--judgment_tokens=2", "--rivals=hf_fp32"]
-    command += ["--hf_batches=1,2", f"--dir={tmp_path}", f"--out={out}"]
-    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    environment = os.environ | {"XLA_FLAGS": " ".join(flags)}  # one device
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    figures = json.loads(ran.stdout.splitlines()[-1])
-    assert figures == json.loads(out.read_text())
+    figures = figures_of(
+        "benchmarks.generate", tmp_path, "--only=candidates,judging", "--prompts=2", "--tokens=4", "--judged=2",
+        "--judgment_tokens=2", "--rivals=hf_fp32", "--hf_batches=1,2",
+    )  # fmt: skip
     assert list(figures)[:2] == ["candidates_vs_hf_fp32", "judging_vs_hf_fp32"]
     assert figures["greedy_in_common"]["hf_fp32"] > 0.9
     for name, tokens in (("candidates", 2 * 4 * 4), ("judging", 2 * 3 * 2)):
         sides = figures["workloads"][name]
         assert {side: one["tokens"] for side, one in sides.items()} == {"ours_fp32": [tokens], "hf_fp32": [tokens]}
     assert figures["sides"]["hf_fp32"]["dtype"] == "float32"
-    assert [path.name for path in tmp_path.iterdir()] == ["results"]

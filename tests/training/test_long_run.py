@@ -1,16 +1,12 @@
 """A thousand updates: nothing is compiled after the first ones, and neither time nor memory grows."""
 
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from etils import epath
-
-sys.path.append(str(Path(__file__).parents[2]))  # benchmarks/ is no part of the installed package
 
 from benchmarks import pinned
 from selfreward_jax.data import packing

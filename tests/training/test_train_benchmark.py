@@ -1,20 +1,14 @@
 """The benchmark of training: what it refuses, and one small run beside a plain torch step."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import argparse
 from types import SimpleNamespace
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[2]))  # benchmarks/ is no part of the installed package
+from small_runs import figures_of
 
 from benchmarks import pinned, train
 from selfreward_jax.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 WORK = train.Work({"task": "sft", "sequences": []}, 100)
 REPLY = {"seconds": 2.0, "core_share": 1.0, "threads": 1, "peak_mb": 10.0, "positions": 100, "loss": 1.0}
 
@@ -65,19 +59,16 @@ def test_lengths_are_as_documented():
         train.real_pairs(chat, 999)
 
 
+def test_what_leaves_nothing_to_measure_is_refused():
+    asked = argparse.Namespace(only="linear", sides="ours_bf16,trl_fp32", rounds=1, real=1)
+    with pytest.raises(UserError, match="nothing of ours is left to measure"):
+        train.run(asked)
+
+
 @pytest.mark.slow
 def test_a_small_run(tmp_path):
-    out = tmp_path / "results" / "figures.json"
-    command = [sys.executable, "-m", "benchmarks.train", "--model=random:tiny", "--only=sft_judge,linear", "--rounds=1"]
-    command += ["--sides=ours_fp32,torch_fp32", f"--dir={tmp_path}", f"--out={out}"]
-    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    environment = os.environ | {"XLA_FLAGS": " ".join(flags)}  # one device
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    figures = json.loads(ran.stdout.splitlines()[-1])
-    assert figures == json.loads(out.read_text())
+    figures = figures_of("benchmarks.train", tmp_path, "--only=sft_judge,linear", "--sides=ours_fp32,torch_fp32")
     assert list(figures)[:2] == ["sft_judge_vs_torch_fp32", "linear"]
     judged = figures["workloads"]["sft_judge"]
     assert judged["ours_fp32"]["positions"] < judged["torch_fp32"]["positions"]  # the rubric is shared
     assert judged["ours_fp32"]["tokens"] == judged["torch_fp32"]["tokens"]
-    assert [path.name for path in tmp_path.iterdir()] == ["results"]
